@@ -1,0 +1,78 @@
+"""pgebus: a durable event bus for applications that already trust PostgreSQL and SQLAlchemy."""
+
+from __future__ import annotations
+
+from pgebus._version import __version__
+from pgebus.context import EventContext
+from pgebus.database import DatabaseSessionManager
+from pgebus.errors import (
+    ConfigurationError,
+    DuplicateHandlerError,
+    InvalidChannelError,
+    InvalidEventTypeError,
+    InvalidHandlerError,
+    InvalidPayloadError,
+    InvalidRunAtError,
+    InvalidSchemaError,
+    LeaseLostError,
+    PayloadTooLargeError,
+    PgebusError,
+    PublishError,
+    SchemaMismatchError,
+    SessionControlError,
+    SessionlessConnectionError,
+    SessionStateError,
+    SessionTypeError,
+    StateError,
+    TransactionEndedError,
+    UnsafeSessionWarning,
+)
+from pgebus.models import Event, metadata
+from pgebus.publishing import publish_event, publish_events
+from pgebus.retry import Reject, Retry, RetryPolicy, Snooze
+from pgebus.routing import EventRouter
+from pgebus.session import GuardedSession
+from pgebus.settings import DatabaseSettings, EventSystemSettings, Settings
+from pgebus.system import EventSystem, SystemHealth, SystemState
+
+__all__ = [
+    "ConfigurationError",
+    "DatabaseSessionManager",
+    "DatabaseSettings",
+    "DuplicateHandlerError",
+    "Event",
+    "EventContext",
+    "EventRouter",
+    "EventSystem",
+    "EventSystemSettings",
+    "GuardedSession",
+    "InvalidChannelError",
+    "InvalidEventTypeError",
+    "InvalidHandlerError",
+    "InvalidPayloadError",
+    "InvalidRunAtError",
+    "InvalidSchemaError",
+    "LeaseLostError",
+    "PayloadTooLargeError",
+    "PgebusError",
+    "PublishError",
+    "Reject",
+    "Retry",
+    "RetryPolicy",
+    "SchemaMismatchError",
+    "SessionControlError",
+    "SessionStateError",
+    "SessionTypeError",
+    "SessionlessConnectionError",
+    "Settings",
+    "Snooze",
+    "StateError",
+    "SystemHealth",
+    "SystemState",
+    "TransactionEndedError",
+    "UnsafeSessionWarning",
+    "__version__",
+    "metadata",
+    "publish_event",
+    "publish_events",
+]

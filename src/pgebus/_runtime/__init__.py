@@ -1,0 +1,1 @@
+"""The running machine behind `EventSystem`. Nothing in here is public."""

@@ -1,0 +1,327 @@
+"""The claim loop: looks for due deliveries and starts them.
+
+Holds no more than it can start at once, plus what it has lately been finishing in a second: every delivery that it
+holds is charged an attempt when the process dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from time import monotonic
+from typing import Final, NoReturn
+
+from pgebus._runtime.acknowledging import Acknowledger
+from pgebus._runtime.dispatching import Dispatcher
+from pgebus._runtime.leases import Holdings, Lease
+from pgebus._runtime.outcome import Lost, Outcome, Release
+from pgebus._runtime.presence import Presence
+from pgebus._runtime.store import Store
+from pgebus._runtime.supervision import Crew, LoopHealth
+from pgebus._runtime.waking import DatabaseClock, Wakeup, next_look
+from pgebus.routing import EventRouter
+
+logger = logging.getLogger(__name__)
+
+# Most that is ever held beyond the free slots, however fast the handlers are.
+MAX_AHEAD: Final = 500
+# The idle flag is cleared at most this often, and unhandled types are looked up at most this often.
+FLAG_SECONDS: Final = 1.0
+ADOPT_SECONDS: Final = 1.0
+# Leases that nobody here knows of come from a claim whose answer was lost: rare, but they would run for ever.
+STRAYS_SECONDS: Final = 10.0
+ADOPT_LIMIT: Final = 100
+LONGEST_STRETCH_SECONDS: Final = 0.005
+
+
+class Rate:
+    """How many deliveries were finished in the last second."""
+
+    def __init__(self) -> None:
+        self._finished: deque[float] = deque(maxlen=MAX_AHEAD)
+
+    def finished(self) -> None:
+        """Count one."""
+        self._finished.append(monotonic())
+
+    def per_second(self) -> int:
+        """Return the count of the last second, at most `MAX_AHEAD`."""
+        since = monotonic() - 1.0
+        while self._finished and self._finished[0] < since:
+            self._finished.popleft()
+        return len(self._finished)
+
+
+class Claimer:
+    """The loop that claims, and the deliveries that it has started.
+
+    Args:
+        store: For claims, on a connection of its own.
+        router: Knows which types this process handles.
+        dispatcher: Runs a delivery.
+        acknowledger: Takes its outcome.
+        holdings: All leases that are held.
+        presence: Says whether claiming is allowed, and in whose name.
+        wakeup: Wakes the loop.
+        clock: The database's clock.
+        crew: The tasks of the running deliveries.
+        groups: The groups that are served.
+        slots: How many deliveries run at once.
+        poll_interval: Seconds between looks that nothing asked for.
+        health: Told when a look worked.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        router: EventRouter,
+        dispatcher: Dispatcher,
+        acknowledger: Acknowledger,
+        *,
+        holdings: Holdings,
+        presence: Presence,
+        wakeup: Wakeup,
+        clock: DatabaseClock,
+        crew: Crew,
+        groups: Sequence[str],
+        slots: int,
+        poll_interval: float,
+        health: LoopHealth,
+    ) -> None:
+        self._store = store
+        self._router = router
+        self._dispatcher = dispatcher
+        self._acknowledger = acknowledger
+        self._holdings = holdings
+        self._presence = presence
+        self._wakeup = wakeup
+        self._clock = clock
+        self._crew = crew
+        self._groups = list(groups)
+        self._slots = slots
+        self._poll_interval = poll_interval
+        self._health = health
+        self._rate = Rate()
+        self._buffer: deque[Lease] = deque()
+        self._suspect: Lease | None = None
+        self._alone = False
+        self._closed = False
+        self._turn = asyncio.Lock()
+        self._backlog = True
+        self._idle_of: int | None = None  # the id whose idle flag is set
+        self._flag_changed = monotonic()
+        self._look_at = monotonic()
+        self._ask_due = True
+        self._adopt_at = monotonic()
+        self._strays_at = monotonic()
+
+    async def run(self) -> NoReturn:
+        """Claim and start, until cancelled."""
+        self._strays_at = monotonic()  # also after a failed claim
+        self._backlog = True
+        while True:
+            worker_id = await self._presence.wait()
+            async with self._turn:
+                delay = self._poll_interval if self._closed else await self._round(worker_id)
+            self._health.well()
+            if delay > 0:
+                await self._wakeup.wait(delay)
+
+    async def close(self, within: float) -> None:
+        """Claim nothing more; wait for a claim in progress, at most *within* seconds, and give back what waits."""
+        self._closed = True
+        try:
+            async with asyncio.timeout(within), self._turn:
+                pass
+        except TimeoutError:
+            logger.warning("A claim was not answered in time; what it took is recovered by others.")
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Release whatever was claimed and not started."""
+        if self._suspect is not None:
+            self._buffer.append(self._suspect)
+            self._suspect = None
+        while self._buffer:
+            self._acknowledger.put(self._buffer.popleft(), Release())
+
+    def forget(self, worker_id: int) -> None:
+        """Drop what was claimed in the name of *worker_id*: it was given to others."""
+        for lease in (*self._buffer, *([self._suspect] if self._suspect else [])):
+            if lease.fence.worker_id == worker_id:
+                self._acknowledger.put(lease, Lost())
+        self._buffer = deque(lease for lease in self._buffer if lease.fence.worker_id != worker_id)
+        if self._suspect is not None and self._suspect.fence.worker_id == worker_id:
+            self._suspect = None
+
+    async def _round(self, worker_id: int) -> float:
+        """Look once, where there is reason to; return for how many seconds there is none."""
+        now = monotonic()
+        if now >= self._strays_at:
+            await self._release_strays(worker_id)
+        due_before = self._wakeup.next_due
+        wanted = self._wakeup.take()
+        self._ask_due = self._ask_due or (due_before is not None and self._wakeup.next_due is None)
+        if self._suspect is not None or self._alone:
+            self._backlog = self._backlog or wanted
+            return self._lead_suspect()
+        self._start_buffered()
+
+        looking = now >= self._look_at
+        wanted = wanted or looking
+        room = self._room()
+        if room == 0:
+            if wanted:
+                self._backlog = True  # asked for, and not looked yet
+            await self._clear_flag(worker_id, now)
+            return self._poll_interval
+        if not (wanted or self._backlog):
+            return max(0.0, self._look_at - monotonic())
+
+        self._groups.append(self._groups.pop(0))  # groups take turns
+        leases = await self._store.claim(worker_id, self._groups, room)
+        self._backlog = len(leases) == room
+        self._take(leases)
+        if self._suspect is not None:
+            self._backlog = True
+            return 0.0
+        if self._backlog:
+            await self._clear_flag(worker_id, now)
+            return 0.0
+        if now >= self._adopt_at and await self._adopt(worker_id, room - len(leases)):
+            return 0.0
+        if self._idle_of != worker_id:
+            # Flag first, look second: a publisher that saw no flag has committed by the time of that look, or is
+            # found by one of the following.
+            await self._store.set_idle(worker_id, True)
+            self._idle_of = worker_id
+            self._flag_changed = monotonic()
+            self._look_at = monotonic()
+            return 0.0
+        return await self._plan_next_look(looking=looking)
+
+    async def _plan_next_look(self, *, looking: bool) -> float:
+        """Return the seconds until the next look that nothing asked for."""
+        if looking:
+            self._look_at = monotonic() + next_look(monotonic() - self._flag_changed, self._poll_interval)
+        if looking or self._ask_due:
+            self._ask_due = False
+            clock, due = await self._store.next_due(self._groups)
+            self._clock.read(clock)
+            if due is not None:
+                self._wakeup.due(due)
+        return max(0.0, self._look_at - monotonic())
+
+    def _room(self) -> int:
+        """Return how many to claim now; zero while what is held is enough."""
+        target = self._slots + min(MAX_AHEAD, self._rate.per_second())
+        held = len(self._holdings)
+        starved = not self._buffer and len(self._crew) < self._slots
+        # In halves, so that a fast worker claims many at a time and not one for each slot that comes free.
+        return target - held if held < target and (starved or held * 2 <= target) else 0
+
+    def _take(self, leases: list[Lease]) -> None:
+        self._holdings.add(leases)
+        if leases and leases[0].fence.worker_id != self._presence.worker_id:
+            for lease in leases:  # the claim was answered after this id had ended
+                self._acknowledger.put(lease, Lost())
+            return
+        self._buffer.extend(leases)
+        suspects = [lease for lease in self._buffer if lease.lost]
+        if suspects or self._suspect is not None:
+            # A worker died with these in hand. One of them may be what killed it, so each runs with nothing beside
+            # it: not even other claims, or finished work whose completion is still to be written.
+            if self._suspect is None:
+                self._suspect = suspects[0]
+                self._buffer.remove(self._suspect)
+            while self._buffer:
+                self._acknowledger.put(self._buffer.popleft(), Release())
+        self._start_buffered()
+
+    def _start_buffered(self) -> None:
+        while self._buffer and len(self._crew) < self._slots:
+            self._start(self._buffer.popleft())
+
+    def _lead_suspect(self) -> float:
+        """Start the suspect as soon as nothing else is held; claim nothing until it has ended."""
+        if self._suspect is not None and len(self._holdings) == 1:
+            lease, self._suspect, self._alone = self._suspect, None, True
+            self._start(lease)
+        return self._poll_interval
+
+    def _start(self, lease: Lease) -> None:
+        self._crew.start(self._work(lease), f"pgebus-event-{lease.fence.event_id}-{lease.fence.group}")
+
+    async def _work(self, lease: Lease) -> None:
+        """Run *lease*, then whatever waits, in one task: one for each would cost more than a fast handler."""
+        task = asyncio.current_task()
+        yielded = monotonic()
+        await self._execute(lease)
+        while self._buffer and not self._closed and not (task is not None and task.cancelling()):
+            if monotonic() - yielded > LONGEST_STRETCH_SECONDS:
+                await asyncio.sleep(0)  # handlers that never wait would keep everybody else from running
+                yielded = monotonic()
+            else:
+                await self._execute(self._buffer.popleft())
+
+    async def _execute(self, lease: Lease) -> None:
+        """Run one delivery and hand over its outcome."""
+        outcome: Outcome = Release()
+        try:
+            outcome = await self._dispatcher.dispatch(lease)
+        except asyncio.CancelledError:
+            # A stop, or the lease was given to others; either way the attempt was not the handlers' fault.
+            if lease.fence.worker_id != self._presence.worker_id:
+                outcome = Lost()
+        finally:
+            self._alone = False
+            self._rate.finished()
+            self._acknowledger.put(lease, outcome)
+            self._wakeup.stir()
+
+    def settled(self, due_in: float | None) -> None:
+        """An outcome was written, and perhaps a delivery is due again in *due_in* seconds."""
+        if due_in is not None and due_in <= 0:
+            self._wakeup.look()
+        elif due_in is not None:
+            self._wakeup.due_in(due_in)
+        else:
+            self._wakeup.stir()
+
+    async def _adopt(self, worker_id: int, room: int) -> bool:
+        """Take over unhandled deliveries of types that are known by now; return whether there were any."""
+        self._adopt_at = monotonic() + ADOPT_SECONDS
+        adopted = 0
+        for group, event_type in await self._store.unhandled_types(self._groups):
+            if not self._router.handlers_for(event_type, group):
+                continue
+            if room <= 0:
+                adopted += 1  # more is there, once there is room
+                break
+            taken, leases = await self._store.adopt(worker_id, group, event_type, min(room, ADOPT_LIMIT))
+            self._take(leases)
+            adopted += taken
+            room -= len(leases)
+            if self._suspect is not None:
+                break
+        if adopted:
+            self._adopt_at = monotonic()
+        return adopted > 0
+
+    async def _clear_flag(self, worker_id: int, now: float) -> None:
+        """Under backlog nobody needs to wake this worker, and a NOTIFY costs every publisher."""
+        if self._idle_of is not None and now - self._flag_changed >= FLAG_SECONDS:
+            self._idle_of = None
+            self._flag_changed = now
+            await self._store.set_idle(worker_id, False)
+
+    async def _release_strays(self, worker_id: int) -> None:
+        """Give back what runs in our name and is not held: the answer to its claim, or its outcome, was lost."""
+        self._strays_at = monotonic() + STRAYS_SECONDS
+        strays = [fence for fence in await self._store.strays(worker_id) if fence not in self._holdings]
+        if strays:
+            released = await self._store.release(strays)
+            logger.warning("%d deliveries whose claim was not answered are pending again.", len(released))
+            self._wakeup.look()

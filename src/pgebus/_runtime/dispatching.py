@@ -1,0 +1,323 @@
+"""Runs the handlers of one delivery, in at most one transaction, and says what becomes of it.
+
+Writes nothing about the delivery itself, with one exception: the completion that belongs into the handlers' own
+transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from random import Random
+from typing import Any, Final
+
+import asyncpg
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from pgebus._guard import dispatch_session
+from pgebus._runtime import faults
+from pgebus._runtime.events import event_from_row
+from pgebus._runtime.leases import Lease
+from pgebus._runtime.outcome import (
+    Committed,
+    Complete,
+    DeadLetter,
+    Failure,
+    Lost,
+    Outcome,
+    Reschedule,
+    Unhandle,
+    decide,
+    describe,
+)
+from pgebus._runtime.statements import Statements
+from pgebus._runtime.store import driver_of
+from pgebus._runtime.supervision import DATABASE_ERRORS
+from pgebus.context import EventContext
+from pgebus.errors import TransactionEndedError
+from pgebus.models import Event
+from pgebus.retry import RetryPolicy, Signal
+from pgebus.routing import EventRouter, Handler
+from pgebus.session import GuardedSession
+
+logger = logging.getLogger(__name__)
+
+# How often a transaction is simply run again after a serialization failure or a deadlock, in one attempt.
+REPLAYS: Final = 5
+_REPLAY_PAUSE_SECONDS: Final = 0.005
+_CLEANUP_SECONDS: Final = 5.0
+
+
+class _HandlerFailed(Exception):  # noqa: N818 - it carries an error, it is none
+    """Carries what a handler raised, and which one it was, out of the transaction."""
+
+    def __init__(self, handler: Handler, error: BaseException) -> None:
+        super().__init__(handler.name)
+        self.handler = handler
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """A claimed row that could be read."""
+
+    payload: str
+    headers: dict[str, Any]
+
+    @classmethod
+    def of(cls, lease: Lease) -> _Decoded:
+        row = lease.row
+        if row["id"] is None:
+            raise ValueError("the event is gone: its row was removed and its delivery was left")
+        payload, headers = json.loads(row["payload"]), json.loads(row["headers"])
+        if not isinstance(payload, dict) or not isinstance(headers, dict):
+            raise TypeError("payload and headers must be JSON objects")
+        return cls(row["payload"], headers)
+
+
+class Dispatcher:
+    """Runs deliveries.
+
+    Args:
+        router: Where the handlers are.
+        engine: The guarded engine, in AUTOCOMMIT: the dispatcher opens and ends transactions itself.
+        statements: The statements for the schema.
+        policy: How often, and when, a failed delivery is tried again.
+        isolation_level: Of the handlers' transactions.
+        rng: Spreads the retries.
+    """
+
+    def __init__(
+        self,
+        router: EventRouter,
+        engine: AsyncEngine,
+        statements: Statements,
+        *,
+        policy: RetryPolicy,
+        isolation_level: str,
+        rng: Random,
+    ) -> None:
+        self._router = router
+        self._engine = engine
+        self._sql = statements
+        self._policy = policy
+        self._isolation_level = isolation_level
+        self._rng = rng
+
+    async def dispatch(self, lease: Lease) -> Outcome:
+        """Run the handlers of *lease* and return what becomes of it.
+
+        Raises:
+            asyncio.CancelledError: When the task was cancelled from outside; nothing of a transaction stays.
+        """
+        handlers = self._router.handlers_for(lease.type, lease.fence.group)
+        if not handlers:
+            return Unhandle()
+        if lease.attempt > self._policy.max_attempts:
+            # Only lost attempts lead here: a failed one would have been the last. Decided before any handler runs.
+            return DeadLetter(
+                Failure(None, "WorkerLost", f"The process died {lease.lost} times while it handled this event.")
+            )
+        try:
+            decoded = _Decoded.of(lease)
+        except (ValueError, TypeError, RecursionError) as error:
+            return DeadLetter(Failure(None, "UndecodableEvent", describe(error, None).message))
+        if any(handler.transactional for handler in handlers):
+            return await self._in_transaction(lease, decoded, handlers)
+        return await self._without(lease, decoded, handlers)
+
+    async def _without(self, lease: Lease, decoded: _Decoded, handlers: Sequence[Handler]) -> Outcome:
+        """Run handlers that need no transaction; the ones that succeeded are remembered."""
+        context = self._context(lease, decoded, None)
+        handled = list(lease.handled)
+        for handler in handlers:
+            if handler.name in handled:
+                continue
+            try:
+                await _call(handler, context, decoded)
+            except _HandlerFailed as failed:
+                return self._failed(lease, failed.error, failed.handler.name, tuple(handled))
+            handled.append(handler.name)
+        return Complete()
+
+    async def _in_transaction(self, lease: Lease, decoded: _Decoded, handlers: Sequence[Handler]) -> Outcome:
+        """Run all handlers and the completion in one transaction, again when it could not be serialized."""
+        for replay in range(REPLAYS + 1):
+            try:
+                await self._transaction(lease, decoded, handlers)
+            except _HandlerFailed as failed:
+                error, name = failed.error, failed.handler.name
+            except DATABASE_ERRORS as raised:
+                error, name = raised, None
+            else:
+                return Committed()
+            if not faults.is_replayable(error) or isinstance(error, Signal) or replay == REPLAYS:
+                return self._after(lease, error, name)
+            logger.debug("Event %d: %s; the transaction runs again.", lease.fence.event_id, error)
+            await asyncio.sleep(_REPLAY_PAUSE_SECONDS * 2**replay * self._rng.random())
+        raise AssertionError("the last replay returns")
+
+    async def _transaction(self, lease: Lease, decoded: _Decoded, handlers: Sequence[Handler]) -> None:
+        fence = lease.fence
+        marker = f"{fence.event_id}:{fence.claim_seq}:{fence.worker_id}:{self._rng.getrandbits(32)}"
+        begin = self._sql.begin(self._isolation_level, marker)
+        async with self._engine.connect() as connection:
+            raw = await driver_of(connection)
+            try:
+                await raw.execute(begin)
+                async with dispatch_session(connection, begin=begin) as session:
+                    headers = _correlation(lease, decoded)
+                    context = self._context(lease, decoded, GuardedSession(session, headers))
+                    for handler in handlers:
+                        await _call(handler, context, decoded)
+                        try:
+                            # After each, so that what fails here is the failure of the handler that caused it.
+                            await session.flush()
+                        except Exception as error:
+                            raise _HandlerFailed(handler, error) from error
+                # The fenced completion is the last thing that the transaction does. A COMMIT that PostgreSQL answered
+                # with ROLLBACK raises nothing; only its tag says so.
+                tag = await raw.execute(self._sql.end(*fence, marker))
+                if tag != "COMMIT":
+                    raise asyncpg.InFailedSQLTransactionError(f"COMMIT was answered with {tag}")
+            finally:
+                await _roll_back(connection, raw)
+
+    def _after(self, lease: Lease, error: BaseException, handler: str | None) -> Outcome:
+        """Decide after a transaction that failed."""
+        state = faults.sqlstate(error)
+        if state == faults.LEASE_LOST:
+            logger.warning(
+                "Event %d for group %r: the lease was lost while its handlers ran; all they did was rolled back.",
+                lease.fence.event_id,
+                lease.fence.group,
+            )
+            return Lost()
+        if state == faults.TRANSACTION_ENDED:
+            logger.critical(
+                "Event %d for group %r: a handler ended the dispatcher's transaction behind the guard. What it "
+                "committed stands, the event was not completed. It is dead now and will not run again by itself.",
+                lease.fence.event_id,
+                lease.fence.group,
+            )
+            ended = TransactionEndedError("A handler ended the dispatcher's transaction behind the guard.")
+            return DeadLetter(describe(ended, None))
+        if handler is None and state == faults.IN_FAILED_TRANSACTION:
+            text = "A handler caught a database error and went on; PostgreSQL had aborted the transaction by then."
+            return self._failed(lease, error, None, (), Failure(None, "TransactionAborted", text))
+        # A connection that was lost during COMMIT leaves it open whether the commit happened. The outcome that is
+        # written next carries the fence: it waits for a commit still in progress, and finds no row after one.
+        return self._failed(lease, error, handler, ())
+
+    def _failed(
+        self,
+        lease: Lease,
+        error: BaseException,
+        handler: str | None,
+        handled: tuple[str, ...],
+        failure: Failure | None = None,
+    ) -> Reschedule | DeadLetter:
+        decision = decide(
+            error, handler=handler, attempt=lease.attempt, policy=self._policy, handled=handled, rng=self._rng
+        )
+        if failure is not None:
+            decision = (
+                DeadLetter(failure, decision.handled)
+                if isinstance(decision, DeadLetter)
+                else Reschedule(decision.delay, decision.counted, failure, decision.handled)
+            )
+        _log_failure(lease, decision)
+        return decision
+
+    def _context(self, lease: Lease, decoded: _Decoded, session: GuardedSession | None) -> EventContext:
+        def make() -> Event:
+            columns = {
+                **dict(lease.row.items()),
+                "payload": json.loads(decoded.payload),
+                "headers": decoded.headers,
+            }
+            made = event_from_row(columns)
+            return made if session is None else session.attach(made)
+
+        return EventContext(
+            event=make,
+            event_id=lease.fence.event_id,
+            group=lease.fence.group,
+            attempt=lease.attempt,
+            claim_seq=lease.fence.claim_seq,
+            session=session,
+        )
+
+
+async def _call(handler: Handler, context: EventContext, decoded: _Decoded) -> None:
+    """Run one handler; whatever it raises is its failure, except a cancellation that was meant for the task."""
+    task = asyncio.current_task()
+    try:
+        # Each handler gets a payload of its own: what one changes in it is nobody else's business.
+        await handler.function(context, json.loads(decoded.payload))
+    except asyncio.CancelledError as error:
+        if task is not None and task.cancelling():
+            raise
+        raise _HandlerFailed(handler, error) from error
+    except (Exception, SystemExit, GeneratorExit, BaseExceptionGroup) as error:
+        raise _HandlerFailed(handler, error) from error
+
+
+def _correlation(lease: Lease, decoded: _Decoded) -> dict[str, Any]:
+    """Return the headers of whatever the handlers publish: which event caused it, and which one started it all."""
+    event_id = str(lease.fence.event_id)
+    return {"correlation_id": decoded.headers.get("correlation_id", event_id), "causation_id": event_id}
+
+
+async def _roll_back(connection: AsyncConnection, raw: asyncpg.Connection[asyncpg.Record]) -> None:
+    """End a transaction that is still open; a connection on which that fails is thrown away."""
+    if raw.is_closed():
+        await connection.invalidate()
+        return
+    if not raw.is_in_transaction():
+        return
+    try:
+        async with asyncio.timeout(_CLEANUP_SECONDS):
+            await raw.execute("ROLLBACK")
+    except BaseException as error:
+        raw.terminate()
+        with contextlib.suppress(*DATABASE_ERRORS):
+            await connection.invalidate()
+        if not isinstance(error, DATABASE_ERRORS):
+            raise
+
+
+def _log_failure(lease: Lease, decision: Reschedule | DeadLetter) -> None:
+    extra = {
+        "pgebus_event_id": lease.fence.event_id,
+        "pgebus_group": lease.fence.group,
+        "pgebus_type": lease.type,
+    }
+    if isinstance(decision, DeadLetter):
+        failure = decision.failure
+        logger.error(
+            "Event %d (%s) is dead for group %r after attempt %d: %s in %s.",
+            lease.fence.event_id,
+            lease.type,
+            lease.fence.group,
+            lease.attempt,
+            failure.type,
+            failure.handler,
+            extra=extra,
+        )
+    elif decision.failure is not None:
+        logger.warning(
+            "Event %d (%s) failed in attempt %d: %s in %s; again in %.1f s.",
+            lease.fence.event_id,
+            lease.type,
+            lease.attempt,
+            decision.failure.type,
+            decision.failure.handler,
+            decision.delay / timedelta(seconds=1),
+            extra=extra,
+        )

@@ -1,0 +1,351 @@
+"""Every statement that the running machine sends to PostgreSQL.
+
+Text, because the schema's name is the only thing in it that varies; each is prepared once per connection. What a
+statement means is said above it. The fence of a write is `(event_id, consumer_group, claim_seq, worker_id)` and
+`status = 'running'`.
+"""
+
+# ruff: noqa: S608 - the only thing ever filled in is a quoted identifier and text of this module
+
+from __future__ import annotations
+
+from typing import Final
+
+from pgebus.names import quote_identifier, quote_literal
+
+# How many errors a delivery keeps, newest last.
+KEPT_ERRORS: Final = 5
+
+# Columns of the event. A payload that can't be decoded, or a year that Python doesn't have, must cost its own
+# delivery only and never the batch: so JSON comes as text, and a time outside Python's range as NULL.
+_EVENT = """d.type AS delivery_type, d.key AS delivery_key, e.id, e.type, e.channel, e.payload::text AS payload,
+    e.headers::text AS headers, e.key, e.dedup_key, e.priority,
+    CASE WHEN e.run_at > '0001-01-03' AND e.run_at < '9999-12-29' THEN e.run_at END AS run_at,
+    CASE WHEN e.created_at > '0001-01-03' AND e.created_at < '9999-12-29' THEN e.created_at END AS created_at"""
+
+_LEASE = "d.event_id, d.consumer_group, d.status, d.claim_seq, d.attempt, d.lost, d.handled, d.due_at"
+
+_FENCE = """d.event_id = $1::bigint AND d.consumer_group = $2::text AND d.claim_seq = $3::integer
+    AND d.worker_id = $4::bigint AND d.status = 'running'"""
+
+# $5 is the entry as JSON, or NULL. "[last - 4 to last]" of a shorter array is all of it.
+_ERRORS = f"""CASE WHEN $5::jsonb IS NULL THEN d.errors ELSE jsonb_path_query_array(
+      coalesce(d.errors, '[]') || jsonb_build_array(jsonb_build_object('at', clock_timestamp()) || $5::jsonb),
+      '$[last - {KEPT_ERRORS - 1} to last]') END"""
+
+
+class Statements:
+    """The statements for one schema.
+
+    Args:
+        schema: Its name, not quoted.
+    """
+
+    def __init__(self, schema: str) -> None:
+        self.schema: Final = schema
+        s = quote_identifier(schema)
+
+        # What has left the head of its key lets the next one in. The caller's CTE `done` has (channel, consumer_group,
+        # key, promotes). Other workers are told only when one of them sleeps; this one looks again by itself.
+        promoted = f"""promoted AS (
+  UPDATE {s}.deliveries n SET status = 'pending' FROM (
+    SELECT x.event_id, x.consumer_group FROM done CROSS JOIN LATERAL (
+      SELECT b.event_id, b.consumer_group FROM {s}.deliveries b
+      WHERE done.promotes AND b.status = 'blocked' AND b.channel = done.channel
+        AND b.consumer_group = done.consumer_group AND b.key = done.key
+      ORDER BY b.event_id LIMIT 1) x) nx
+  WHERE n.event_id = nx.event_id AND n.consumer_group = nx.consumer_group AND n.status = 'blocked'
+  RETURNING n.channel
+), told AS MATERIALIZED (
+  SELECT pg_notify(p.channel, '') FROM (SELECT DISTINCT channel FROM promoted) p
+  WHERE EXISTS (SELECT FROM {s}.workers w WHERE w.idle AND w.channel = p.channel)
+)"""
+
+        # Rows of several leases, locked in one order so that two batches can't deadlock.
+        # $1 event ids, $2 groups, $3 claim_seqs, sorted by (event, group); $4 worker.
+        held = f"""held AS MATERIALIZED (
+  SELECT h.place FROM unnest($1::bigint[], $2::text[], $3::integer[]) u(event_id, consumer_group, claim_seq)
+  CROSS JOIN LATERAL (
+    SELECT d.ctid AS place FROM {s}.deliveries d
+    WHERE d.event_id = u.event_id AND d.consumer_group = u.consumer_group AND d.claim_seq = u.claim_seq
+      AND d.worker_id = $4::bigint AND d.status = 'running'
+    ORDER BY d.event_id LIMIT 1 FOR UPDATE) h
+)"""
+
+        # Claim what is due: $1 worker, $2 channel, $3 groups in the order of their turn, $4 limit. One lane for each
+        # group and priority: a lane ends at its first row that is not due yet, so rows for tomorrow are never walked.
+        # The rows are locked, so the update may find them by place; by primary key a planner without statistics
+        # would join the whole table. LEFT JOIN: a delivery whose event is gone must be seen, or it would fill its
+        # lane for ever.
+        self.claim: Final = f"""
+WITH lane AS MATERIALIZED (
+  SELECT g.consumer_group, p.level
+  FROM unnest($3::text[]) WITH ORDINALITY AS u(name, ord)
+  JOIN {s}.consumer_groups g ON g.channel = $2::text AND g.consumer_group = u.name AND g.paused_at IS NULL
+  CROSS JOIN generate_series(0, 9) AS p(level)
+  ORDER BY p.level, u.ord
+), due AS MATERIALIZED (
+  SELECT d.place, d.event_id
+  FROM lane CROSS JOIN LATERAL (
+    SELECT d.ctid AS place, d.event_id
+    FROM {s}.deliveries d
+    WHERE d.status = 'pending' AND d.channel = $2 AND d.consumer_group = lane.consumer_group
+      AND d.priority = lane.level AND d.due_at <= now()
+      AND (d.key IS NULL OR (
+            SELECT p.event_id FROM {s}.deliveries p
+            WHERE p.channel = d.channel AND p.consumer_group = d.consumer_group AND p.key = d.key
+              AND (p.status IN ('pending', 'running') OR p.holds_key)
+              AND (p.event_id < d.event_id OR p.status = 'running')
+            ORDER BY p.event_id LIMIT 1) IS NULL)
+    ORDER BY d.due_at, d.event_id
+    LIMIT $4::integer FOR UPDATE SKIP LOCKED
+  ) d LIMIT $4
+)
+UPDATE {s}.deliveries d
+SET status = 'running', worker_id = $1::bigint, claimed_at = clock_timestamp(), attempt = d.attempt + 1,
+    claim_seq = d.claim_seq + 1
+FROM due LEFT JOIN {s}.events e ON e.id = due.event_id
+WHERE d.ctid = due.place
+RETURNING {_LEASE}, d.priority AS lane, {_EVENT}"""
+
+        # Complete any number: $1 to $4 as in `held`. Returns the leases whose fence held.
+        self.complete: Final = f"""
+WITH {held}
+UPDATE {s}.deliveries d
+SET status = 'completed', worker_id = NULL, claimed_at = NULL, finished_at = clock_timestamp()
+FROM held WHERE d.ctid = held.place
+RETURNING d.event_id, d.consumer_group"""
+
+        # The same where a row of the batch has a key; asking for it costs a batch without keys a third of its rate.
+        self.complete_keyed: Final = f"""
+WITH {held}, done AS (
+  UPDATE {s}.deliveries d
+  SET status = 'completed', worker_id = NULL, claimed_at = NULL, finished_at = clock_timestamp()
+  FROM held WHERE d.ctid = held.place
+  RETURNING d.event_id, d.channel, d.consumer_group, d.key, d.key IS NOT NULL AS promotes
+), {promoted}
+SELECT done.event_id, done.consumer_group FROM done, (SELECT count(*) FROM told) told_count"""
+
+        # Pending again: $1 to $4 fence, $5 error or NULL, $6 delay in seconds, $7 attempts to give back, $8 handled.
+        # The key stays with it. Sleepers are told the time, as the trigger tells them.
+        self.reschedule: Final = f"""
+WITH done AS (
+  UPDATE {s}.deliveries d
+  SET status = 'pending', due_at = clock_timestamp() + make_interval(secs => $6::double precision), worker_id = NULL,
+      claimed_at = NULL, attempt = d.attempt - $7::integer, handled = $8::text[], errors = {_ERRORS}
+  WHERE {_FENCE}
+  RETURNING d.channel, d.due_at
+), told AS MATERIALIZED (
+  SELECT pg_notify(done.channel, extract(epoch FROM done.due_at)::text) FROM done
+  WHERE EXISTS (SELECT FROM {s}.workers w WHERE w.idle AND w.channel = done.channel)
+)
+SELECT (SELECT count(*) FROM done) AS rows, (SELECT count(*) FROM told) AS told"""
+
+        # Dead: $1 to $4 fence, $5 error, $6 handled.
+        self.bury: Final = f"""
+WITH done AS (
+  UPDATE {s}.deliveries d
+  SET status = 'dead', worker_id = NULL, claimed_at = NULL, finished_at = clock_timestamp(), handled = $6::text[],
+      errors = {_ERRORS}, holds_key = d.key IS NOT NULL AND coalesce((
+        SELECT g.dead_holds_key FROM {s}.consumer_groups g
+        WHERE g.channel = d.channel AND g.consumer_group = d.consumer_group), false)
+  WHERE {_FENCE}
+  RETURNING d.channel, d.consumer_group, d.key, d.key IS NOT NULL AND NOT d.holds_key AS promotes
+), {promoted}
+SELECT (SELECT count(*) FROM done) AS rows, (SELECT count(*) FROM told) AS told"""
+
+        # No handler here knows the type: $1 to $4 fence.
+        self.unhandle: Final = f"""
+WITH done AS (
+  UPDATE {s}.deliveries d
+  SET status = 'unhandled', worker_id = NULL, claimed_at = NULL, attempt = d.attempt - 1
+  WHERE {_FENCE}
+  RETURNING d.channel, d.consumer_group, d.key, d.key IS NOT NULL AS promotes
+), {promoted}
+SELECT (SELECT count(*) FROM done) AS rows, (SELECT count(*) FROM told) AS told"""
+
+        # Give leases back uncounted, in their old place in the line: $1 to $4 as in `held`.
+        self.release: Final = f"""
+WITH {held}, done AS (
+  UPDATE {s}.deliveries d SET status = 'pending', worker_id = NULL, claimed_at = NULL, attempt = d.attempt - 1
+  FROM held WHERE d.ctid = held.place
+  RETURNING d.event_id, d.consumer_group, d.channel
+), told AS MATERIALIZED (SELECT pg_notify(c.channel, '') FROM (SELECT DISTINCT channel FROM done) c)
+SELECT done.event_id, done.consumer_group FROM done, (SELECT count(*) FROM told) told_count"""
+
+        # All that runs in the name of worker $1: a claim whose answer was lost leaves leases that nobody knows of.
+        self.leases_of: Final = f"""
+SELECT d.event_id, d.consumer_group, d.claim_seq FROM {s}.deliveries d
+WHERE d.worker_id = $1::bigint AND d.status = 'running'"""
+
+        # Types with unhandled deliveries: $1 channel, $2 groups. A skip scan: one index probe for each type.
+        self.unhandled_types: Final = f"""
+WITH RECURSIVE t AS (
+  (SELECT d.consumer_group, d.type FROM {s}.deliveries d
+   WHERE d.status = 'unhandled' AND d.channel = $1::text AND d.consumer_group = ANY ($2::text[])
+   ORDER BY d.consumer_group, d.type LIMIT 1)
+  UNION ALL
+  SELECT n.consumer_group, n.type FROM t CROSS JOIN LATERAL (
+    SELECT d.consumer_group, d.type FROM {s}.deliveries d
+    WHERE d.status = 'unhandled' AND d.channel = $1 AND d.consumer_group = ANY ($2)
+      AND (d.consumer_group, d.type) > (t.consumer_group, t.type)
+    ORDER BY d.consumer_group, d.type LIMIT 1) n
+)
+SELECT consumer_group, type FROM t LIMIT 10000"""
+
+        # Adopt one type: $1 worker, $2 channel, $3 group, $4 type, $5 limit. What is due goes straight to running, or
+        # an old worker of a rolling deploy would take it back again and again; the rest waits as it would have.
+        self.adopt: Final = f"""
+WITH due AS MATERIALIZED (
+  SELECT d.ctid AS place, d.event_id,
+         CASE WHEN d.key IS NOT NULL THEN 'blocked' WHEN d.due_at > now() THEN 'pending' ELSE 'running' END AS status
+  FROM {s}.deliveries d
+  WHERE d.status = 'unhandled' AND d.channel = $2::text AND d.consumer_group = $3::text AND d.type = $4::text
+  ORDER BY d.event_id LIMIT $5::integer FOR UPDATE SKIP LOCKED
+)
+UPDATE {s}.deliveries d
+SET status = due.status,
+    worker_id = CASE WHEN due.status = 'running' THEN $1::bigint END,
+    claimed_at = CASE WHEN due.status = 'running' THEN clock_timestamp() END,
+    attempt = d.attempt + CASE WHEN due.status = 'running' THEN 1 ELSE 0 END,
+    claim_seq = d.claim_seq + CASE WHEN due.status = 'running' THEN 1 ELSE 0 END
+FROM due LEFT JOIN {s}.events e ON e.id = due.event_id
+WHERE d.ctid = due.place
+RETURNING {_LEASE}, d.priority AS lane, {_EVENT}"""
+
+        # Seconds until something is due, NULL when nothing waits, and the database's clock: $1 channel, $2 groups.
+        self.next_due: Final = f"""
+SELECT extract(epoch FROM clock_timestamp())::double precision AS clock, extract(epoch FROM (
+  SELECT min(n.due_at) FROM {s}.consumer_groups g CROSS JOIN generate_series(0, 9) AS p(level) CROSS JOIN LATERAL (
+    SELECT d.due_at FROM {s}.deliveries d
+    WHERE d.status = 'pending' AND d.channel = g.channel AND d.consumer_group = g.consumer_group
+      AND d.priority = p.level
+    ORDER BY d.due_at LIMIT 1) n
+  WHERE g.channel = $1::text AND g.consumer_group = ANY ($2::text[]) AND g.paused_at IS NULL
+))::double precision AS due"""
+
+        # Keys whose head finished unseen by the transaction that inserted the next one. A skip scan over the waiting.
+        self.sweep: Final = f"""
+WITH RECURSIVE k AS (
+  (SELECT d.channel, d.consumer_group, d.key FROM {s}.deliveries d WHERE d.status = 'blocked'
+   ORDER BY d.channel, d.consumer_group, d.key LIMIT 1)
+  UNION ALL
+  SELECT n.channel, n.consumer_group, n.key FROM k CROSS JOIN LATERAL (
+    SELECT d.channel, d.consumer_group, d.key FROM {s}.deliveries d
+    WHERE d.status = 'blocked' AND (d.channel, d.consumer_group, d.key) > (k.channel, k.consumer_group, k.key)
+    ORDER BY d.channel, d.consumer_group, d.key LIMIT 1) n
+), done AS (
+  UPDATE {s}.deliveries n SET status = 'pending' FROM (
+    SELECT b.event_id, b.consumer_group FROM k CROSS JOIN LATERAL (
+      SELECT b.event_id, b.consumer_group FROM {s}.deliveries b
+      WHERE b.status = 'blocked' AND b.channel = k.channel AND b.consumer_group = k.consumer_group AND b.key = k.key
+      ORDER BY b.event_id LIMIT 1) b
+    WHERE (SELECT p.event_id FROM {s}.deliveries p
+           WHERE p.channel = k.channel AND p.consumer_group = k.consumer_group AND p.key = k.key
+             AND (p.status IN ('pending', 'running') OR p.holds_key)
+           ORDER BY p.event_id LIMIT 1) IS NULL) nx
+  WHERE n.event_id = nx.event_id AND n.consumer_group = nx.consumer_group AND n.status = 'blocked'
+  RETURNING n.channel
+)
+SELECT pg_notify(c.channel, '') FROM (SELECT DISTINCT channel FROM done) c"""
+
+        # Workers that own running deliveries or have not ended, and whether their advisory lock is held. `fresh` says
+        # that the server has just started: all locks vanished at once while the workers lived.
+        self.owners: Final = f"""
+SELECT w.worker_id,
+  EXISTS (SELECT FROM pg_catalog.pg_locks l
+    WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
+      AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+      AND l.classid = (w.worker_id >> 32)::oid AND l.objid = (w.worker_id & 4294967295)::oid) AS alive,
+  EXISTS (SELECT FROM {s}.deliveries d WHERE d.worker_id = w.worker_id AND d.status = 'running') AS owns,
+  clock_timestamp() - pg_postmaster_start_time() < interval '60 seconds' AS fresh
+FROM (SELECT worker_id FROM {s}.deliveries WHERE status = 'running'
+      UNION SELECT id FROM {s}.workers WHERE ended_at IS NULL) w"""
+
+        # Take the leases of dead workers back: $1 worker ids. Whoever gets their lock recovers them, so nobody does
+        # it twice, and none of them can come back meanwhile. The attempt stays counted.
+        self.recover: Final = f"""
+WITH gone AS MATERIALIZED (
+  SELECT w FROM unnest($1::bigint[]) w WHERE pg_try_advisory_xact_lock(w)
+), ended AS (
+  UPDATE {s}.workers k SET ended_at = coalesce(k.ended_at, clock_timestamp()), idle = false
+  FROM gone WHERE k.id = gone.w
+), leases AS MATERIALIZED (
+  SELECT d.ctid AS place FROM {s}.deliveries d JOIN gone ON d.worker_id = gone.w
+  WHERE d.status = 'running' ORDER BY d.event_id, d.consumer_group LIMIT 1000 FOR UPDATE OF d SKIP LOCKED
+), done AS (
+  UPDATE {s}.deliveries d SET status = 'pending', worker_id = NULL, claimed_at = NULL, lost = least(d.lost + 1, 32767)
+  FROM leases WHERE d.ctid = leases.place
+  RETURNING d.event_id, d.consumer_group, d.channel
+), told AS MATERIALIZED (SELECT pg_notify(c.channel, '') FROM (SELECT DISTINCT channel FROM done) c)
+SELECT done.event_id, done.consumer_group FROM done, (SELECT count(*) FROM told) told_count"""
+
+        self.register: Final = f"""
+INSERT INTO {s}.workers (id, channel, groups, backend_pid, host, pid, version)
+VALUES ($1::bigint, $2::text, $3::text[], pg_backend_pid(), $4::text, $5::integer, $6::text)"""
+        self.lock: Final = "SELECT pg_try_advisory_lock($1::bigint)"
+        self.unlock: Final = "SELECT pg_advisory_unlock($1::bigint)"
+        # After the lock, in a statement of its own: only a fresh snapshot sees who ended us while we were away.
+        self.return_to_duty: Final = f"""
+UPDATE {s}.workers SET backend_pid = pg_backend_pid() WHERE id = $1::bigint AND ended_at IS NULL RETURNING id"""
+        # Our own half-open connection may still hold our lock; its start time tells it from a stranger's new backend.
+        self.end_ghost: Final = """
+SELECT pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a
+WHERE a.pid = $1::integer AND a.backend_start = $2::timestamptz"""
+        self.backend: Final = """
+SELECT pid, backend_start FROM pg_catalog.pg_stat_activity WHERE pid = pg_backend_pid()"""
+        self.beat: Final = "SELECT $1::text IN (SELECT pg_listening_channels())"
+        self.holds_lock: Final = """
+SELECT EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
+    AND l.classid = ($1::bigint >> 32)::oid AND l.objid = ($1::bigint & 4294967295)::oid AND l.pid = $2::integer)"""
+        self.notify: Final = "SELECT pg_notify($1::text, $2::text)"
+        self.set_idle: Final = f"UPDATE {s}.workers SET idle = $2::boolean WHERE id = $1::bigint AND idle <> $2"
+        self.sign_off: Final = f"""
+UPDATE {s}.workers SET ended_at = clock_timestamp(), idle = false WHERE id = $1::bigint AND ended_at IS NULL"""
+
+        self.ensure_group: Final = f"""
+INSERT INTO {s}.consumer_groups (channel, consumer_group) SELECT $1::text, unnest($2::text[]) ON CONFLICT DO NOTHING"""
+        # "From now": what was published before has a delivery already, as `unhandled`, and is adopted.
+        self.subscribe: Final = f"""
+INSERT INTO {s}.subscriptions (channel, consumer_group, pattern, backfilled_at)
+SELECT $1::text, u.consumer_group, u.pattern, now() FROM unnest($2::text[], $3::text[]) u(consumer_group, pattern)
+ON CONFLICT DO NOTHING"""
+
+        # Events that every group has finished long enough ago: $1 seconds, $2 limit. Deliveries go with them. A dead
+        # or unfinished delivery keeps its event.
+        self.prune_events: Final = f"""
+WITH cut AS MATERIALIZED (SELECT now() - make_interval(secs => $1::double precision) AS at), old AS MATERIALIZED (
+  SELECT d.event_id FROM {s}.deliveries d, cut
+  WHERE d.status IN ('completed', 'cancelled') AND d.finished_at < cut.at
+    AND NOT EXISTS (SELECT FROM {s}.deliveries o WHERE o.event_id = d.event_id
+                    AND (o.finished_at IS NULL OR o.finished_at >= cut.at OR o.status = 'dead'))
+  ORDER BY d.finished_at LIMIT $2::integer
+), ids AS MATERIALIZED (
+  SELECT e.id FROM {s}.events e WHERE e.id IN (SELECT event_id FROM old) ORDER BY e.id FOR UPDATE SKIP LOCKED
+), gone AS (
+  DELETE FROM {s}.events e USING ids WHERE e.id = ids.id RETURNING e.id
+)
+SELECT count(*) FROM gone"""
+        self.prune_workers: Final = f"""
+DELETE FROM {s}.workers w WHERE w.ended_at < now() - interval '1 day'
+  AND NOT EXISTS (SELECT FROM {s}.deliveries d WHERE d.worker_id = w.id AND d.status = 'running')"""
+
+        self.has_version: Final = """
+SELECT EXISTS (SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+  WHERE n.nspname = $1::text AND p.proname = 'schema_version' AND p.pronargs = 0)"""
+        self.version: Final = f"SELECT {s}.schema_version()"
+
+    @staticmethod
+    def begin(isolation_level: str, marker: str) -> str:
+        """Return the message that opens the handlers' transaction; *marker* dies with any COMMIT or ROLLBACK."""
+        return f"BEGIN ISOLATION LEVEL {isolation_level}; SET LOCAL pgebus.tx = {quote_literal(marker)}"
+
+    def end(self, event_id: int, group: str, claim_seq: int, worker_id: int, marker: str) -> str:
+        """Return the message that completes a delivery and commits: all of it, or nothing.
+
+        One message, so no second round trip; the simple protocol that allows it knows no parameters.
+        """
+        return (
+            f"SELECT {quote_identifier(self.schema)}.complete({event_id:d}, {quote_literal(group)}, {claim_seq:d}, "
+            f"{worker_id:d}, {quote_literal(marker)}); COMMIT"
+        )

@@ -1,0 +1,234 @@
+"""Sends the statements, one connection for each line of work.
+
+A `Line` keeps one connection of the pool while it works, replaces it when it fails, and lets no call wait for ever:
+a half-open connection answers nothing, not even with an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import asyncpg
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from pgebus._runtime.faults import is_disconnect
+from pgebus._runtime.leases import Fence, Lease
+from pgebus._runtime.outcome import Failure
+from pgebus._runtime.statements import Statements
+from pgebus._runtime.supervision import DATABASE_ERRORS
+
+# Far above what any of our statements takes, far below what a person would wait for.
+ANSWER_SECONDS: Final = 15.0
+
+
+class Line:
+    """One connection in AUTOCOMMIT, used by one coroutine at a time.
+
+    Args:
+        engine: Where it comes from; every statement is a transaction of its own.
+        within: Seconds to wait for an answer before the connection is given up.
+    """
+
+    def __init__(self, engine: AsyncEngine, *, within: float = ANSWER_SECONDS) -> None:
+        self._engine = engine
+        self._within = within
+        self._connection: AsyncConnection | None = None
+        self._raw: asyncpg.Connection[asyncpg.Record] | None = None
+        self._lock = asyncio.Lock()
+
+    async def fetch(self, sql: str, *args: object) -> list[asyncpg.Record]:
+        """Return the rows of *sql*; committed when this returns, unknown when it raises a disconnect."""
+        async with self._lock:
+            try:
+                async with asyncio.timeout(self._within):
+                    raw = self._raw if self._raw is not None else await self._connect()
+                    return await raw.fetch(sql, *args)
+            except BaseException as error:
+                if not isinstance(error, asyncpg.PostgresError) or is_disconnect(error):
+                    await self._drop()
+                raise
+
+    async def value(self, sql: str, *args: object) -> Any:
+        """Return the first column of the first row, or None."""
+        rows = await self.fetch(sql, *args)
+        return rows[0][0] if rows else None
+
+    async def close(self) -> None:
+        """Give the connection back; the next statement takes another."""
+        async with self._lock:
+            connection, self._connection, self._raw = self._connection, None, None
+            if connection is not None:
+                await connection.close()
+
+    async def _connect(self) -> asyncpg.Connection[asyncpg.Record]:
+        self._connection = await self._engine.connect()
+        self._raw = raw = await driver_of(self._connection)
+        return raw
+
+    async def _drop(self) -> None:
+        connection, raw = self._connection, self._raw
+        self._connection = self._raw = None
+        if raw is not None:
+            raw.terminate()  # at once: a polite close waits for the server that has just not answered
+        if connection is not None:
+            with contextlib.suppress(*DATABASE_ERRORS):  # it is being thrown away
+                await asyncio.shield(_discard(connection))
+
+
+async def driver_of(connection: AsyncConnection) -> asyncpg.Connection[asyncpg.Record]:
+    """Return the asyncpg connection below *connection*.
+
+    Raises:
+        asyncpg.InterfaceError: If there is none, because it was lost in between.
+    """
+    driver: asyncpg.Connection[asyncpg.Record] | None = (await connection.get_raw_connection()).driver_connection
+    if driver is None:
+        raise asyncpg.InterfaceError("The pool returned a connection that is closed already.")
+    return driver
+
+
+async def _discard(connection: AsyncConnection) -> None:
+    async with asyncio.timeout(5):
+        await connection.invalidate()
+        await connection.close()
+
+
+class Store:
+    """The verbs of the running machine, as calls on one line.
+
+    Args:
+        line: The connection to use.
+        statements: The statements for the schema.
+        channel: The channel that the worker serves.
+    """
+
+    def __init__(self, line: Line, statements: Statements, channel: str) -> None:
+        self._line = line
+        self._sql = statements
+        self._channel = channel
+
+    async def claim(self, worker_id: int, groups: Sequence[str], limit: int) -> list[Lease]:
+        """Claim up to *limit* due deliveries, in the order in which they should start.
+
+        When this raises, deliveries may have been claimed all the same: see `strays()`.
+        """
+        rows = await self._line.fetch(self._sql.claim, worker_id, self._channel, list(groups), limit)
+        rows.sort(key=lambda row: (row["lane"], row["due_at"], row["event_id"]))
+        return [Lease.from_row(row, worker_id) for row in rows]
+
+    async def adopt(self, worker_id: int, group: str, event_type: str, limit: int) -> tuple[int, list[Lease]]:
+        """Take up to *limit* unhandled deliveries of one type; return how many, and the leases of those to run now."""
+        rows = await self._line.fetch(self._sql.adopt, worker_id, self._channel, group, event_type, limit)
+        rows.sort(key=lambda row: row["event_id"])
+        return len(rows), [Lease.from_row(row, worker_id) for row in rows if row["status"] == "running"]
+
+    async def unhandled_types(self, groups: Sequence[str]) -> list[tuple[str, str]]:
+        """Return (group, type) of all unhandled deliveries of *groups*."""
+        rows = await self._line.fetch(self._sql.unhandled_types, self._channel, list(groups))
+        return [(row["consumer_group"], row["type"]) for row in rows]
+
+    async def strays(self, worker_id: int) -> list[Fence]:
+        """Return the fence of everything that runs in the name of *worker_id*."""
+        rows = await self._line.fetch(self._sql.leases_of, worker_id)
+        return [Fence(row["event_id"], row["consumer_group"], row["claim_seq"], worker_id) for row in rows]
+
+    async def next_due(self, groups: Sequence[str]) -> tuple[float, float | None]:
+        """Return the database's clock and the next due time, both in seconds since the epoch."""
+        row = (await self._line.fetch(self._sql.next_due, self._channel, list(groups)))[0]
+        return row["clock"], row["due"]
+
+    async def complete(self, leases: Iterable[Lease]) -> set[tuple[int, str]]:
+        """Complete *leases*, all of one worker; return (event id, group) of those whose fence held."""
+        batch = list(leases)
+        keyed = any(lease.keyed for lease in batch)
+        sql = self._sql.complete_keyed if keyed else self._sql.complete
+        return await self._batch(sql, [lease.fence for lease in batch])
+
+    async def release(self, fences: Iterable[Fence]) -> set[tuple[int, str]]:
+        """Give leases of one worker back, uncounted; return (event id, group) of those whose fence held."""
+        return await self._batch(self._sql.release, list(fences))
+
+    async def reschedule(
+        self,
+        fence: Fence,
+        *,
+        delay: float,
+        give_back: int,
+        handled: Sequence[str],
+        entry: dict[str, Any] | None,
+    ) -> bool:
+        """Make a delivery pending again after *delay* seconds; return whether the fence held."""
+        return await self._one(
+            self._sql.reschedule, *fence, _json(entry), delay, give_back, list(handled) if handled else None
+        )
+
+    async def bury(self, fence: Fence, *, handled: Sequence[str], entry: dict[str, Any] | None) -> bool:
+        """Make a delivery dead; return whether the fence held."""
+        return await self._one(self._sql.bury, *fence, _json(entry), list(handled) if handled else None)
+
+    async def unhandle(self, fence: Fence) -> bool:
+        """Put a delivery aside for a worker that knows its type; return whether the fence held."""
+        return await self._one(self._sql.unhandle, *fence)
+
+    async def owners(self) -> list[asyncpg.Record]:
+        """Return worker_id, alive, owns, fresh for every worker that may have to be recovered."""
+        return await self._line.fetch(self._sql.owners)
+
+    async def recover(self, worker_ids: Sequence[int]) -> int:
+        """Take back up to 1,000 leases of dead workers; return how many."""
+        return len(await self._line.fetch(self._sql.recover, list(worker_ids)))
+
+    async def set_idle(self, worker_id: int, idle: bool) -> None:
+        """Say whether this worker wants to be notified."""
+        await self._line.fetch(self._sql.set_idle, worker_id, idle)
+
+    async def sign_off(self, worker_id: int) -> None:
+        """Say that this worker has ended."""
+        await self._line.fetch(self._sql.sign_off, worker_id)
+
+    async def subscribe(self, patterns: Sequence[tuple[str, str]]) -> None:
+        """Write (group, pattern) pairs; what is there already stays as it is."""
+        groups = sorted({group for group, _ in patterns})
+        await self._line.fetch(self._sql.ensure_group, self._channel, groups)
+        ordered = sorted(set(patterns))
+        await self._line.fetch(self._sql.subscribe, self._channel, [g for g, _ in ordered], [p for _, p in ordered])
+
+    async def sweep(self) -> int:
+        """Promote keys that lost their head unseen; return on how many channels."""
+        return len(await self._line.fetch(self._sql.sweep))
+
+    async def prune_events(self, older_than: float, limit: int) -> int:
+        """Delete up to *limit* finished events older than *older_than* seconds; return how many."""
+        return int(await self._line.value(self._sql.prune_events, older_than, limit))
+
+    async def prune_workers(self) -> None:
+        """Delete the rows of workers that ended a day ago."""
+        await self._line.fetch(self._sql.prune_workers)
+
+    async def _one(self, sql: str, *args: object) -> bool:
+        return bool((await self._line.fetch(sql, *args))[0]["rows"])
+
+    async def _batch(self, sql: str, fences: list[Fence]) -> set[tuple[int, str]]:
+        # Sorted, so that two batches lock in one order.
+        fences = sorted(fences)
+        rows = await self._line.fetch(
+            sql,
+            [f.event_id for f in fences],
+            [f.group for f in fences],
+            [f.claim_seq for f in fences],
+            fences[0].worker_id,
+        )
+        return {(row["event_id"], row["consumer_group"]) for row in rows}
+
+
+def entry_of(failure: Failure | None, *, attempt: int, worker_id: int) -> dict[str, Any] | None:
+    """Return the entry for `errors`, or None."""
+    return None if failure is None else failure.entry(attempt=attempt, worker_id=worker_id)
+
+
+def _json(entry: dict[str, Any] | None) -> str | None:
+    return None if entry is None else json.dumps(entry)

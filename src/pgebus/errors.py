@@ -1,0 +1,210 @@
+"""The errors that pgebus raises, in one tree.
+
+The errors of PostgreSQL and of SQLAlchemy are not wrapped: what only the server can judge surfaces unchanged.
+
+::
+
+    PgebusError
+    ├── ConfigurationError (ValueError)         raised where the mistake is written: definition, construction, start()
+    │   ├── InvalidEventTypeError               not dotted words of A-Z a-z 0-9 _ -
+    │   ├── InvalidChannelError                 empty, longer than 63 bytes, not text
+    │   ├── InvalidSchemaError                  no usable schema name
+    │   ├── InvalidHandlerError (TypeError)     no coroutine function, or of the wrong arity
+    │   ├── DuplicateHandlerError               the same handler twice for one path
+    │   └── SessionlessConnectionError          a transaction pooler between us and PostgreSQL
+    ├── PublishError (ValueError)               raised before any SQL; the caller's transaction stays usable
+    │   ├── InvalidPayloadError                 not a JSON object that PostgreSQL can store
+    │   │   └── PayloadTooLargeError
+    │   └── InvalidRunAtError                   naive, or no datetime
+    ├── SessionStateError (RuntimeError)        a session that cannot publish: two-phase, autocommit, read-only, …
+    │   └── SessionTypeError (TypeError)        no session at all
+    ├── StateError (RuntimeError)               start() after stop(), session after close()
+    ├── SchemaMismatchError                     the tables are missing, too old or too new
+    ├── SessionControlError (RuntimeError)      commit(), rollback(), close() … on ctx.session
+    │   └── TransactionEndedError               the handlers' transaction was ended behind the guard
+    └── LeaseLostError                          another worker owns the delivery now
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigurationError",
+    "DuplicateHandlerError",
+    "InvalidChannelError",
+    "InvalidEventTypeError",
+    "InvalidHandlerError",
+    "InvalidPayloadError",
+    "InvalidRunAtError",
+    "InvalidSchemaError",
+    "LeaseLostError",
+    "PayloadTooLargeError",
+    "PgebusError",
+    "PublishError",
+    "SchemaMismatchError",
+    "SessionControlError",
+    "SessionStateError",
+    "SessionTypeError",
+    "SessionlessConnectionError",
+    "StateError",
+    "TransactionEndedError",
+    "UnsafeSessionWarning",
+]
+
+
+class PgebusError(Exception):
+    """The root: `except PgebusError` catches whatever pgebus itself raises."""
+
+
+class ConfigurationError(PgebusError, ValueError):
+    """A setting, a name or a registration is wrong; the message says which value, and what to do."""
+
+
+class InvalidEventTypeError(ConfigurationError):
+    """An event type, path or prefix that is not made of dotted words.
+
+    Attributes:
+        value: What was given.
+    """
+
+    def __init__(self, message: str, *, value: object) -> None:
+        super().__init__(message)
+        self.value = value
+
+
+class InvalidChannelError(ConfigurationError):
+    """A channel that PostgreSQL could not LISTEN on as it is written.
+
+    Attributes:
+        value: What was given.
+    """
+
+    def __init__(self, message: str, *, value: object) -> None:
+        super().__init__(message)
+        self.value = value
+
+
+class InvalidSchemaError(ConfigurationError):
+    """A schema name that PostgreSQL would cut, reserve or refuse.
+
+    Attributes:
+        value: What was given.
+    """
+
+    def __init__(self, message: str, *, value: object) -> None:
+        super().__init__(message)
+        self.value = value
+
+
+class InvalidHandlerError(ConfigurationError, TypeError):
+    """A handler that is no coroutine function, or that cannot be called as `handler(ctx, payload)`."""
+
+
+class DuplicateHandlerError(ConfigurationError):
+    """A handler, or another one of the same name, is registered for this path already.
+
+    Attributes:
+        handler: The stable name of the handler.
+        path: The full dotted path.
+    """
+
+    def __init__(self, message: str, *, handler: str, path: str) -> None:
+        super().__init__(message)
+        self.handler = handler
+        self.path = path
+
+
+class SessionlessConnectionError(ConfigurationError):
+    """The LISTEN connection keeps no session: LISTEN and advisory locks would be lost between two statements."""
+
+
+class PublishError(PgebusError, ValueError):
+    """An event that cannot be published; nothing was sent, the caller's transaction is as it was."""
+
+
+class InvalidPayloadError(PublishError):
+    """A payload (or headers) that is not a JSON object PostgreSQL can store and give back unchanged.
+
+    Attributes:
+        path: Where in the payload, for example `$.items[2].price`.
+    """
+
+    def __init__(self, message: str, *, path: str = "$") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class PayloadTooLargeError(InvalidPayloadError):
+    """A payload over the limit.
+
+    Attributes:
+        size: Bytes of the encoded payload.
+        limit: The largest size allowed, in bytes.
+    """
+
+    def __init__(self, message: str, *, size: int, limit: int) -> None:
+        super().__init__(message)
+        self.size = size
+        self.limit = limit
+
+
+class InvalidRunAtError(PublishError):
+    """A `run_at` that names no moment: naive, not a datetime, or outside what PostgreSQL stores."""
+
+
+class SessionStateError(PgebusError, RuntimeError):
+    """The session cannot publish as it is; the message names the reason."""
+
+
+class SessionTypeError(SessionStateError, TypeError):
+    """What was passed as a session is none."""
+
+
+class StateError(PgebusError, RuntimeError):
+    """A method was called at the wrong time: `start()` after `stop()`, a session after `close()`."""
+
+
+class SchemaMismatchError(PgebusError):
+    """The tables in the database are not those of this release.
+
+    Attributes:
+        schema: The schema that was looked at.
+        found: Its version, or None where pgebus is not installed.
+        needed: The version that this release works with.
+    """
+
+    def __init__(self, message: str, *, schema: str, found: int | None, needed: int) -> None:
+        super().__init__(message)
+        self.schema = schema
+        self.found = found
+        self.needed = needed
+
+
+class SessionControlError(PgebusError, RuntimeError):
+    """A handler tried to move the transaction that belongs to the dispatcher."""
+
+
+class TransactionEndedError(SessionControlError):
+    """The handlers' transaction was ended behind the guard: what it committed stands without its completion."""
+
+
+class LeaseLostError(PgebusError):
+    """The delivery was given to another worker; whatever was done for it in a transaction was rolled back.
+
+    Attributes:
+        event_id: The event of the delivery.
+        group: Its consumer group.
+        claim_seq: The claim whose fence no longer holds.
+    """
+
+    def __init__(self, *, event_id: int, group: str, claim_seq: int) -> None:
+        super().__init__(
+            f"The lease on event {event_id} for group {group!r} (claim {claim_seq}) is lost: "
+            "another worker owns the delivery now, or it was finished by hand."
+        )
+        self.event_id = event_id
+        self.group = group
+        self.claim_seq = claim_seq
+
+
+class UnsafeSessionWarning(RuntimeWarning):
+    """`ctx.session.unsafe` was used: this delivery is at least once from here on."""

@@ -1,0 +1,331 @@
+"""The tables as SQLAlchemy models; `Event` is what applications add to their sessions.
+
+It holds no statement and no connection: the triggers and functions, which give the tables their behaviour,
+are made by the migrations. The metadata's schema is literally `pgebus`; for another one there is
+`schema_translate_map`.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, ClassVar, Final
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Computed,
+    Connection,
+    DateTime,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    MetaData,
+    PrimaryKeyConstraint,
+    SmallInteger,
+    Text,
+    TwoPhaseTransaction,
+    event,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column, validates
+
+from pgebus.errors import SessionStateError
+from pgebus.names import check_channel, check_event_type
+from pgebus.payloads import check_headers, check_payload, check_run_at
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Base",
+    "ConsumerGroup",
+    "Delivery",
+    "Event",
+    "Subscription",
+    "Worker",
+    "metadata",
+]
+
+# What the function schema_version() of the database must return.
+SCHEMA_VERSION: Final = 1
+
+# column_0_label would put the schema's name into the index's: another name in every schema.
+_NAMING: Final = {
+    "pk": "pk_%(table_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_name)s",
+    "ix": "ix_%(table_name)s_%(column_0_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s",
+}
+
+metadata: Final = MetaData(schema="pgebus", naming_convention=_NAMING)
+
+_MOMENT: Final = DateTime(timezone=True)
+# Names are compared byte by byte: no index depends on the locale of the server.
+_NAME: Final = Text(collation="C")
+_EMPTY_OBJECT: Final = text("'{}'::jsonb")
+_NOW: Final = text("now()")
+
+
+class Base(DeclarativeBase):
+    """The declarative base of our tables."""
+
+    metadata = metadata
+
+
+def _index(name: str, *columns: str, where: str, unique: bool = False) -> Index:
+    return Index(name, *columns, unique=unique, postgresql_where=text(where))
+
+
+class Event(Base):
+    """A fact that happened: one immutable row, published by the transaction that inserts it.
+
+    `session.add(Event(type="order.placed", payload={"order": 7}))` publishes when the session commits, and
+    only then. Whatever is left out is filled in by the database and known after the flush.
+
+    Attributes:
+        id: Given by the database, rising; a gap is a rolled-back publisher.
+        type: Dotted words of `A-Z a-z 0-9 _ -`, at most 255 bytes, like `order.placed`.
+        channel: The queue that it is published to, 1 to 63 bytes; `events` unless said otherwise.
+        payload: A JSON object.
+        headers: A JSON object beside the payload: correlation ids and the like.
+        key: Events of one key are handled in order, within each consumer group; 1 to 255 bytes.
+        dedup_key: Unique within the channel as long as the event is kept; 1 to 255 bytes.
+        priority: 0, handled first, to 9.
+        run_at: Not handled before this moment; the publisher's `now()` unless said otherwise.
+        created_at: When the publishing transaction began, by the database's clock.
+        max_payload_bytes: The largest payload, in bytes of JSON. A subclass may set its own.
+
+    Raises:
+        InvalidEventTypeError: When `type` is set, before anything is sent; so the next three.
+        InvalidChannelError: When `channel` is set.
+        InvalidPayloadError: When `payload` or `headers` is set.
+        InvalidRunAtError: When `run_at` is set.
+        SessionStateError: At the flush, in a two-phase transaction.
+    """
+
+    __tablename__ = "events"
+    __table_args__ = (
+        PrimaryKeyConstraint("id", name="pk_events"),
+        CheckConstraint("priority BETWEEN 0 AND 9", name="priority"),
+        CheckConstraint(r"octet_length(type) <= 255 AND type ~ '^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$'", name="type"),
+        CheckConstraint("octet_length(channel) BETWEEN 1 AND 63", name="channel"),
+        CheckConstraint("octet_length(key) BETWEEN 1 AND 255", name="key"),
+        CheckConstraint("octet_length(dedup_key) BETWEEN 1 AND 255", name="dedup_key"),
+        CheckConstraint("jsonb_typeof(headers) = 'object'", name="headers"),
+        CheckConstraint("jsonb_typeof(payload) = 'object'", name="payload"),
+        CheckConstraint("isfinite(run_at)", name="run_at"),
+        _index("uq_events_dedup_key", "channel", "dedup_key", where="dedup_key IS NOT NULL", unique=True),
+    )
+    # Known after the flush, without another round trip: a lazy load is impossible in an AsyncSession.
+    __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012 - the base declares it as no ClassVar
+
+    max_payload_bytes: ClassVar[int] = 1_048_576
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True))
+    run_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=_NOW)
+    created_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=_NOW)
+    priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
+    type: Mapped[str] = mapped_column(_NAME)
+    channel: Mapped[str] = mapped_column(_NAME, server_default=text("'events'"))
+    key: Mapped[str | None] = mapped_column(_NAME)
+    dedup_key: Mapped[str | None] = mapped_column(_NAME)
+    # none_as_null: None means "left out", not the JSON value null.
+    headers: Mapped[dict[str, Any]] = mapped_column(JSONB(none_as_null=True), server_default=_EMPTY_OBJECT)
+    payload: Mapped[dict[str, Any]] = mapped_column(JSONB(none_as_null=True), server_default=_EMPTY_OBJECT)
+
+    @validates("type")
+    def _check_type(self, _name: str, value: object) -> str:
+        return check_event_type(value)
+
+    @validates("channel")
+    def _check_channel(self, _name: str, value: object) -> str:
+        return check_channel(value)
+
+    @validates("payload")
+    def _check_payload(self, _name: str, value: object) -> dict[str, Any]:
+        return check_payload(value, limit=self.max_payload_bytes)
+
+    @validates("headers")
+    def _check_headers(self, _name: str, value: object) -> dict[str, Any] | None:
+        return None if value is None else check_headers(value)
+
+    @validates("run_at")
+    def _check_run_at(self, _name: str, value: object) -> datetime | None:
+        return None if value is None else check_run_at(value)
+
+    def __repr__(self) -> str:
+        # From the instance's dict: reading an expired attribute would be a lazy load. Never the payload: it
+        # may hold what no log should.
+        shown = ", ".join(f"{name}={self.__dict__.get(name)!r}" for name in ("id", "type", "channel"))
+        return f"{type(self).__name__}({shown})"
+
+
+@event.listens_for(Event, "before_insert", propagate=True)
+def _refuse_two_phase(_mapper: Mapper[Event], connection: Connection, _target: Event) -> None:
+    # It would fail only sometimes: the trigger sends its NOTIFY only when a worker sleeps.
+    if isinstance(connection.get_transaction(), TwoPhaseTransaction):
+        raise SessionStateError(
+            "Events cannot be published in a two-phase transaction: PostgreSQL cannot prepare a NOTIFY. "
+            "Publish in a session without twophase=True."
+        )
+
+
+class ConsumerGroup(Base):
+    """What belongs to all handlers that share one delivery of each event of a channel."""
+
+    __tablename__ = "consumer_groups"
+    __table_args__ = (
+        PrimaryKeyConstraint("channel", "consumer_group", name="pk_consumer_groups"),
+        CheckConstraint("max_running > 0", name="max_running"),
+    )
+
+    channel: Mapped[str] = mapped_column(_NAME)
+    consumer_group: Mapped[str] = mapped_column(_NAME)
+    paused_at: Mapped[datetime | None] = mapped_column(_MOMENT)
+    max_running: Mapped[int | None]
+    dead_holds_key: Mapped[bool] = mapped_column(server_default=text("false"))
+    created_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=_NOW)
+
+
+# A pattern is matched by equality, else by its literal prefix, else by the regex for what is left. Written
+# with the casts that PostgreSQL adds, because autogenerate compares the texts.
+_PREFIX: Final = r"substring(pattern, '^((?:[^.*#]+\.)*)[*#]'::text)"
+_REGEX: Final = (
+    r"CASE WHEN pattern ~ '[*#]'::text AND pattern !~ '^[^*#]*#$'::text THEN"
+    r" '^'::text || replace(replace(replace(pattern || '.'::text, '.'::text, '\.'::text),"
+    r" '*\.'::text, '[^.]+\.'::text), '#\.'::text, '([^.]+\.)*'::text) || '$'::text ELSE NULL::text END"
+)
+
+
+class Subscription(Base):
+    """A pattern of event types that a consumer group wants; the trigger on `events` reads it."""
+
+    __tablename__ = "subscriptions"
+    __table_args__ = (
+        PrimaryKeyConstraint("channel", "consumer_group", "pattern", name="pk_subscriptions"),
+        CheckConstraint(
+            r"octet_length(pattern) <= 255"
+            r" AND pattern ~ '^([A-Za-z0-9_-]+|[*]|#)(\.([A-Za-z0-9_-]+|[*]|#))*$'",
+            name="pattern",
+        ),
+        ForeignKeyConstraint(
+            ["channel", "consumer_group"],
+            [ConsumerGroup.channel, ConsumerGroup.consumer_group],
+            name="fk_subscriptions_group",
+            ondelete="CASCADE",
+        ),
+    )
+
+    channel: Mapped[str] = mapped_column(_NAME)
+    consumer_group: Mapped[str] = mapped_column(_NAME)
+    pattern: Mapped[str] = mapped_column(_NAME)
+    prefix: Mapped[str | None] = mapped_column(_NAME, Computed(_PREFIX, persisted=True))
+    regex: Mapped[str | None] = mapped_column(_NAME, Computed(_REGEX, persisted=True))
+    since_event_id: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    backfilled_at: Mapped[datetime | None] = mapped_column(_MOMENT)
+    created_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=_NOW)
+
+
+class Worker(Base):
+    """One run of a process that handles events; its id is also the advisory lock that shows it alive."""
+
+    __tablename__ = "workers"
+    __table_args__ = (PrimaryKeyConstraint("id", name="pk_workers"),)
+
+    id: Mapped[int] = mapped_column(BigInteger, autoincrement=False)
+    channel: Mapped[str] = mapped_column(_NAME)
+    groups: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default=text("'{}'::text[]"))
+    idle: Mapped[bool] = mapped_column(server_default=text("false"))
+    backend_pid: Mapped[int | None]
+    started_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=_NOW)
+    beat_at: Mapped[datetime | None] = mapped_column(_MOMENT)
+    ended_at: Mapped[datetime | None] = mapped_column(_MOMENT)
+    host: Mapped[str | None] = mapped_column(Text)
+    pid: Mapped[int | None]
+    version: Mapped[str | None] = mapped_column(Text)
+
+
+class Delivery(Base):
+    """One consumer group's progress on one event; written by the trigger, then by workers alone."""
+
+    __tablename__ = "deliveries"
+    __table_args__ = (
+        PrimaryKeyConstraint("event_id", "consumer_group", name="pk_deliveries"),
+        CheckConstraint(
+            "status IN ('pending','blocked','running','unhandled','completed','dead','cancelled')",
+            name="status",
+        ),
+        CheckConstraint(
+            "(status = 'running') = (worker_id IS NOT NULL) AND (status = 'running') = (claimed_at IS NOT NULL)",
+            name="running",
+        ),
+        CheckConstraint("(status IN ('completed','dead','cancelled')) = (finished_at IS NOT NULL)", name="finished"),
+        CheckConstraint(
+            "(status <> 'blocked' OR key IS NOT NULL) AND (NOT holds_key OR (status = 'dead' AND key IS NOT NULL))",
+            name="key",
+        ),
+        CheckConstraint("attempt BETWEEN 0 AND claim_seq AND lost >= 0", name="attempt"),
+        _index(
+            "ix_deliveries_due",
+            "channel",
+            "consumer_group",
+            "priority",
+            "due_at",
+            "event_id",
+            where="status = 'pending'",
+        ),
+        _index("ix_deliveries_running", "worker_id", "event_id", where="status = 'running'"),
+        _index(
+            "ix_deliveries_unhandled",
+            "channel",
+            "consumer_group",
+            "type",
+            "event_id",
+            where="status = 'unhandled'",
+        ),
+        _index("ix_deliveries_dead", "channel", "consumer_group", "finished_at", where="status = 'dead'"),
+        _index("ix_deliveries_prunable", "finished_at", where="status IN ('completed','cancelled')"),
+        _index(
+            "ix_deliveries_key_head",
+            "channel",
+            "consumer_group",
+            "key",
+            "event_id",
+            where="key IS NOT NULL AND (status IN ('pending','running') OR holds_key)",
+        ),
+        _index(
+            "ix_deliveries_blocked",
+            "channel",
+            "consumer_group",
+            "key",
+            "event_id",
+            where="status = 'blocked'",
+        ),
+        _index(
+            "uq_deliveries_running_key",
+            "channel",
+            "consumer_group",
+            "key",
+            where="key IS NOT NULL AND status = 'running'",
+            unique=True,
+        ),
+    )
+
+    event_id: Mapped[int] = mapped_column(BigInteger, autoincrement=False)
+    due_at: Mapped[datetime] = mapped_column(_MOMENT)
+    worker_id: Mapped[int | None] = mapped_column(BigInteger)
+    claimed_at: Mapped[datetime | None] = mapped_column(_MOMENT)
+    finished_at: Mapped[datetime | None] = mapped_column(_MOMENT)
+    claim_seq: Mapped[int] = mapped_column(server_default=text("0"))
+    attempt: Mapped[int] = mapped_column(server_default=text("0"))
+    lost: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
+    round: Mapped[int] = mapped_column(SmallInteger, server_default=text("1"))
+    priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
+    holds_key: Mapped[bool] = mapped_column(server_default=text("false"))
+    status: Mapped[str] = mapped_column(_NAME, server_default=text("'pending'"))
+    channel: Mapped[str] = mapped_column(_NAME)
+    consumer_group: Mapped[str] = mapped_column(_NAME)
+    type: Mapped[str] = mapped_column(_NAME)
+    key: Mapped[str | None] = mapped_column(_NAME)
+    handled: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
+    errors: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))

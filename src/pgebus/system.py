@@ -1,0 +1,402 @@
+"""The running system: puts the parts together, starts and stops them.
+
+Decides nothing about events; creates no tables; installs no signal handlers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
+from random import SystemRandom
+from types import TracebackType
+from typing import Any, Final, NoReturn, Self
+
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import NullPool
+
+from pgebus._guard import guard_engine
+from pgebus._runtime.acknowledging import Acknowledger
+from pgebus._runtime.claiming import Claimer
+from pgebus._runtime.dispatching import Dispatcher
+from pgebus._runtime.leases import Holdings
+from pgebus._runtime.listening import Listener
+from pgebus._runtime.maintenance import Maintenance
+from pgebus._runtime.presence import Presence
+from pgebus._runtime.statements import Statements
+from pgebus._runtime.store import Line, Store
+from pgebus._runtime.supervision import DATABASE_ERRORS, Crew, LoopHealth, Loops, cancel, keep_running, spawn
+from pgebus._runtime.waking import DatabaseClock, Wakeup
+from pgebus._version import __version__
+from pgebus.database import make_engine
+from pgebus.errors import SchemaMismatchError, StateError
+from pgebus.models import SCHEMA_VERSION
+from pgebus.retry import RetryPolicy
+from pgebus.routing import EventRouter
+from pgebus.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_GROUP: Final = "default"
+
+# After the handlers were cancelled: how long they may take to clean up, and how long the last writes may take.
+_CANCELLED_SECONDS: Final = 5.0
+_LAST_WRITES_SECONDS: Final = 10.0
+
+
+class SystemState(Enum):
+    """Where a system is in its one life."""
+
+    NEW = "new"
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class SystemHealth:
+    """How a system is doing.
+
+    Attributes:
+        state: Where it is in its life.
+        present: Whether PostgreSQL sees it alive; while it does not, nothing is claimed.
+        loops: One entry for each loop.
+        running: Deliveries whose handlers run now.
+        held: Deliveries that are claimed and not finished, the running ones included.
+    """
+
+    state: SystemState
+    present: bool
+    loops: tuple[LoopHealth, ...]
+    running: int
+    held: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether events are being handled."""
+        return self.state is SystemState.RUNNING and self.present and all(loop.ok for loop in self.loops)
+
+
+class EventSystem:
+    """One worker: claims the events of a channel and runs their handlers.
+
+    It has one life: start it, stop it, make another one. It owns its connections: `n_workers` for handlers, three for
+    its own statements, and one that listens. Belongs to one event loop. Any number of processes may share the tables.
+
+    Args:
+        router: The handlers; routes that are added later are found as well.
+        settings: The database and how to run.
+    """
+
+    def __init__(self, router: EventRouter, settings: Settings) -> None:
+        if not isinstance(router, EventRouter):
+            raise TypeError(f"router must be an EventRouter, not {type(router).__name__}.")
+        if not isinstance(settings, Settings):
+            raise TypeError(f"settings must be Settings, not {type(settings).__name__}.")
+        self._router = router
+        self._settings = settings
+        self._state = SystemState.NEW
+        self._task: asyncio.Task[None] | None = None
+        self._ready = asyncio.Event()
+        self._stop_asked = asyncio.Event()
+        self._patience: float = settings.event_system.shutdown_timeout_seconds
+        self._crew = Crew()
+        self._holdings = Holdings()
+        self._clock = DatabaseClock()
+        self._wakeup = Wakeup(self._clock)
+        self._presence = Presence(self._departed)
+        self._claimer: Claimer | None = None
+        self._loops = {name: LoopHealth(name) for name in ("listen", "claim", "acknowledge", "maintain")}
+
+    async def start(self) -> None:
+        """Start in the background; return when events are being handled.
+
+        Raises:
+            SchemaMismatchError: If the tables are missing, or those of another release; none are ever made here.
+            SessionlessConnectionError: If the LISTEN connection goes through a transaction pooler.
+            StateError: If it was started before.
+            OSError, sqlalchemy.exc.DBAPIError: If the database cannot be reached now. Later losses are repaired.
+        """
+        if self._state is not SystemState.NEW:
+            raise self._cannot_start()
+        task = self._task = spawn(self.run(), "pgebus-system")
+        ready = asyncio.ensure_future(self._ready.wait())
+        try:
+            await asyncio.wait([task, ready], return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await cancel(task, _CANCELLED_SECONDS + _LAST_WRITES_SECONDS)
+            raise
+        finally:
+            ready.cancel()
+        if task.done():
+            self._task = None
+            task.result()
+            return
+        task.add_done_callback(_report)
+
+    async def stop(self, wait_for_completion: bool = True, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - a budget for handlers, not a deadline for this call
+        """Claim nothing more, let the handlers finish, and end.
+
+        Handlers that still run after *timeout* are cancelled; their deliveries, and those that had not started, are
+        given back without counting the attempt. Harmless when repeated, or when nothing was started. Called by a
+        handler it only asks: the handler that waits for the end would be waited for.
+
+        Args:
+            wait_for_completion: False cancels the handlers at once.
+            timeout: Seconds to wait for handlers.
+
+        Raises:
+            ValueError: If *timeout* is negative or not a number.
+            BaseException: What ended the system before, if something did.
+        """
+        if not timeout >= 0:
+            raise ValueError(f"timeout must be zero or more seconds, got {timeout!r}.")
+        if self._state is SystemState.NEW:
+            self._state = SystemState.STOPPED
+        self._patience = timeout if wait_for_completion else 0.0
+        self._stop_asked.set()
+        if self._state is SystemState.STOPPING and self._patience == 0:
+            self._crew.cancel()  # an earlier stop() waits for them; this one doesn't
+        task, current = self._task, asyncio.current_task()
+        if task is None or self._crew.includes(current):
+            return
+        await asyncio.wait([task])
+        if self._task is task:
+            self._task = None
+            task.result()
+
+    async def run(self) -> None:
+        """Run until `stop()` is called, or until the task is cancelled, which cancels the handlers at once.
+
+        Raises:
+            BaseException: As `start()`; and whatever a loop raised that was no database error.
+        """
+        if self._state is not SystemState.NEW:
+            raise self._cannot_start()
+        self._state = SystemState.STARTING
+        try:
+            async with self._engines() as (control, handlers, listen):
+                await self._run(control, handlers, listen)
+        finally:
+            self._state = SystemState.STOPPED
+
+    def health(self) -> SystemHealth:
+        """Return how the system is doing; asks nobody."""
+        return SystemHealth(
+            self._state,
+            self._presence.here,
+            tuple(self._loops.values()),
+            len(self._crew),
+            len(self._holdings),
+        )
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop(timeout=self._settings.event_system.shutdown_timeout_seconds)
+
+    async def _run(self, control: AsyncEngine, handlers: AsyncEngine, listen: AsyncEngine) -> None:
+        options = self._settings.event_system
+        statements = Statements(self._settings.database.schema_name)
+        lines = claims, writes, rounds = Line(control), Line(control), Line(control)
+        await _require_schema(rounds, statements)
+
+        acknowledger = Acknowledger(
+            Store(writes, statements, options.channel),
+            self._holdings,
+            self._settled,
+            self._loops["acknowledge"],
+        )
+        dispatcher = Dispatcher(
+            self._router,
+            guard_engine(handlers),
+            statements,
+            policy=RetryPolicy(
+                max_attempts=options.max_attempts,
+                first=timedelta(seconds=options.backoff_first_seconds),
+                ceiling=timedelta(seconds=options.backoff_ceiling_seconds),
+            ),
+            isolation_level=options.isolation_level,
+            rng=SystemRandom(),
+        )
+        claimer = self._claimer = Claimer(
+            Store(claims, statements, options.channel),
+            self._router,
+            dispatcher,
+            acknowledger,
+            holdings=self._holdings,
+            presence=self._presence,
+            wakeup=self._wakeup,
+            clock=self._clock,
+            crew=self._crew,
+            groups=[DEFAULT_GROUP],
+            slots=options.n_workers,
+            poll_interval=options.poll_interval_seconds,
+            health=self._loops["claim"],
+        )
+        listener = Listener(
+            listen,
+            rounds,
+            statements,
+            channel=options.channel,
+            groups=[DEFAULT_GROUP],
+            presence=self._presence,
+            wakeup=self._wakeup,
+            health=self._loops["listen"],
+            version=__version__,
+        )
+        maintenance = Maintenance(
+            Store(rounds, statements, options.channel),
+            self._router,
+            self._presence,
+            grace=options.recovery_grace_seconds,
+            retention=options.retention_seconds,
+            look=self._wakeup.look,
+            health=self._loops["maintain"],
+        )
+        # Before anything is claimed: from now on the trigger knows who wants what.
+        await maintenance.subscribe()
+
+        bodies: dict[str, tuple[Callable[[], Awaitable[NoReturn]], float]] = {
+            "listen": (listener.run, 1.0),
+            "acknowledge": (acknowledger.run, 5.0),
+            "claim": (claimer.run, 5.0),
+            "maintain": (maintenance.run, 5.0),
+        }
+        loops = Loops()
+        try:
+            for name, (body, pause) in bodies.items():
+                loops.start(name, keep_running(body, self._loops[name], proven=self._ready, longest_pause=pause))
+            await loops.until(self._presence.wait(), self._stop_asked.wait())
+            self._state = SystemState.RUNNING
+            self._ready.set()
+            await loops.until(self._stop_asked.wait())
+            self._state = SystemState.STOPPING
+            await claimer.close(_LAST_WRITES_SECONDS)
+            await loops.until(self._crew.wait(self._patience))
+        finally:
+            # Also when this task was cancelled or a loop has failed: what is held goes back to the others. The lock is
+            # kept until that is done, or they would take it themselves and count it as lost.
+            self._state = SystemState.STOPPING
+            try:
+                await self._wind_down(claimer, acknowledger, rounds, statements, writing=loops.alive("acknowledge"))
+            finally:
+                await loops.end()
+                for line in lines:
+                    await line.close()
+
+    async def _wind_down(
+        self,
+        claimer: Claimer,
+        acknowledger: Acknowledger,
+        line: Line,
+        statements: Statements,
+        *,
+        writing: bool,
+    ) -> None:
+        """Cancel what still runs, give back what is held, sign off; all of it within a bounded time."""
+        await claimer.close(_LAST_WRITES_SECONDS)
+        self._crew.cancel()
+        if not await self._crew.wait(_CANCELLED_SECONDS):
+            logger.error(
+                "%d handlers did not end when they were cancelled. Their deliveries stay claimed until this process "
+                "has ended, and count as lost then.",
+                len(self._crew),
+            )
+        if writing and not await acknowledger.drained(_LAST_WRITES_SECONDS):
+            logger.warning("The last outcomes could not be written; those deliveries will be recovered, and run again.")
+        if self._presence.worker_id is not None:
+            try:
+                async with asyncio.timeout(_LAST_WRITES_SECONDS):
+                    await line.fetch(statements.sign_off, self._presence.worker_id)
+            except DATABASE_ERRORS as error:
+                logger.warning("The worker could not sign off (%s); others will notice that it is gone.", error)
+
+    @asynccontextmanager
+    async def _engines(self) -> AsyncIterator[tuple[AsyncEngine, AsyncEngine, AsyncEngine]]:
+        """Make the engines: for our own statements, for handlers, for the LISTEN connection.
+
+        Apart from each other, so that handlers can never starve the machine that serves them.
+        """
+        database = self._settings.database
+        autocommit: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
+        control = make_engine(database, pool_size=3, max_overflow=0, **autocommit)
+        event.listen(control.sync_engine, "connect", _claim_as_designed)
+        handlers = make_engine(database, pool_size=self._settings.event_system.n_workers, max_overflow=0)
+        listen = make_engine(database, url=database.listen_sqlalchemy_url(), poolclass=NullPool, **autocommit)
+        try:
+            yield control, handlers, listen
+        finally:
+            for engine in (listen, handlers, control):
+                await engine.dispose()
+
+    def _settled(self, due_in: float | None) -> None:
+        if self._claimer is not None:
+            self._claimer.settled(due_in)
+
+    def _departed(self, worker_id: int) -> None:
+        """Others have ended this worker and own its deliveries now: whatever runs for them is in vain."""
+        if self._claimer is not None:
+            self._claimer.forget(worker_id)
+        self._crew.cancel()
+
+    def _cannot_start(self) -> StateError:
+        if self._state in (SystemState.STARTING, SystemState.RUNNING):
+            return StateError("EventSystem is already running.")
+        return StateError("EventSystem has been stopped and cannot be started again. Create a new one.")
+
+
+async def _require_schema(line: Line, statements: Statements) -> None:
+    """Refuse a database whose tables are not those of this release."""
+    schema = statements.schema
+    found: int | None = None
+    if await line.value(statements.has_version, schema):
+        found = await line.value(statements.version)
+    if found == SCHEMA_VERSION:
+        return
+    command = "Run 'alembic upgrade pgebus@head' (or 'pgebus migrate')."
+    if found is None:
+        message = f"Schema {schema!r} does not hold the tables of pgebus. {command}"
+    elif found < SCHEMA_VERSION:
+        message = f"Schema {schema!r} is at version {found}, this release needs {SCHEMA_VERSION}. {command}"
+    else:
+        message = (
+            f"Schema {schema!r} is at version {found}, this release only knows {SCHEMA_VERSION}. "
+            "Install the release of pgebus that the database was migrated for."
+        )
+    raise SchemaMismatchError(message, schema=schema, found=found, needed=SCHEMA_VERSION)
+
+
+def _claim_as_designed(dbapi_connection: Any, _record: object) -> None:
+    """Undo defaults of the role or the database under which a claim would not be what it has to be.
+
+    At another isolation level a claim would fail on rows that others take at the same time. With an asynchronous
+    commit it could be undone by a crash after a handler has started, and handed out again under the same fence.
+    """
+    for setting, wrong, right in (
+        ("default_transaction_isolation", ("repeatable read", "serializable"), "read committed"),
+        ("synchronous_commit", ("off",), "on"),
+        ("default_transaction_read_only", ("on",), "off"),
+    ):
+
+        async def mend(driver: Any, setting: str = setting, wrong: tuple[str, ...] = wrong, right: str = right) -> None:
+            if await driver.fetchval("SELECT current_setting($1)", setting) in wrong:
+                await driver.execute(f"SET {setting} = '{right}'")
+
+        dbapi_connection.run_async(mend)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """Say at once what nobody may hear before `stop()`."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.critical("The event system has failed and handles nothing any more.", exc_info=error)

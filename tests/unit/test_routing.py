@@ -1,0 +1,515 @@
+"""Routers find what a naive walk of the tree finds, and refuse at registration what could not run."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import inspect
+import random
+import timeit
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING, Any
+from unittest.mock import AsyncMock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgebus.errors import (
+    ConfigurationError,
+    DuplicateHandlerError,
+    InvalidEventTypeError,
+    InvalidHandlerError,
+)
+from pgebus.routing import EventRouter
+
+if TYPE_CHECKING:
+    from somewhere_else import Context  # type: ignore[import-not-found]  # an annotation that cannot be resolved
+
+
+async def handle(ctx: Any, payload: Any) -> None: ...
+
+
+async def other(ctx: Any, payload: Any) -> None: ...
+
+
+def fresh() -> Callable[[Any, Any], Awaitable[None]]:
+    async def handler(ctx: Any, payload: Any) -> None: ...
+
+    return handler
+
+
+def patterns(router: EventRouter) -> list[str]:
+    return [route.pattern for route in router.routes()]
+
+
+def names(router: EventRouter, event_type: str) -> list[str]:
+    return [handler.name for handler in router.handlers_for(event_type)]
+
+
+def test_the_decorator_returns_the_function_unchanged() -> None:
+    router = EventRouter()
+    function = fresh()
+    assert router.on("order.placed")(function) is function
+    [handler] = router.handlers_for("order.placed")
+    assert handler.function is function
+    assert handler.name == f"{__name__}.fresh.<locals>.handler"
+    assert (handler.transactional, handler.group) == (False, "default")
+
+
+def test_options_of_a_handler_are_kept() -> None:
+    router = EventRouter()
+    router.on("order.placed", transactional=True, name="stable")(handle)
+    [handler] = router.handlers_for("order.placed")
+    assert (handler.name, handler.transactional) == ("stable", True)
+    assert router.handlers_for("order.placed", "default") == (handler,)
+    assert router.handlers_for("order.placed", "mail") == ()
+
+
+@pytest.mark.parametrize(
+    ("root", "between", "child", "full"),
+    [
+        ("", "", "", "placed"),
+        ("shop", "", "", "shop.placed"),
+        ("", "v1", "", "v1.placed"),
+        ("", "", "order", "order.placed"),
+        ("shop", "v1", "order", "shop.v1.order.placed"),
+        ("shop.eu", "v1.beta", "order.online", "shop.eu.v1.beta.order.online.placed"),
+    ],
+)
+def test_prefixes_are_joined_from_the_outside_in(root: str, between: str, child: str, full: str) -> None:
+    outer, inner = EventRouter(root), EventRouter(prefix=child)
+    inner.on("placed")(handle)
+    outer.include_router(inner, prefix=between)
+    assert patterns(outer) == [full]
+    assert len(outer.handlers_for(full)) == 1
+    assert outer.handlers_for(f"{full}.more") == outer.handlers_for("placed.") == ()
+
+
+def test_the_own_prefix_of_the_root_counts() -> None:
+    router = EventRouter("shop")
+    router.on("order.placed")(handle)
+    assert patterns(router) == ["shop.order.placed"]
+
+
+def test_routers_nest_to_any_depth() -> None:
+    innermost = router = EventRouter("r0")
+    for level in range(1, 20):
+        outer = EventRouter(f"r{level}")
+        outer.include_router(router)
+        router = outer
+    innermost.on("e")(handle)
+    assert patterns(router) == [".".join(f"r{level}" for level in reversed(range(20))) + ".e"]
+
+
+def test_a_route_added_after_the_inclusion_is_found() -> None:
+    root, middle, leaf = EventRouter(), EventRouter("m"), EventRouter("l")
+    root.include_router(middle)
+    middle.include_router(leaf)
+    assert root.handlers_for("m.l.e") == ()
+    before = root.version
+    leaf.on("e")(handle)
+    assert root.version > before
+    assert len(root.handlers_for("m.l.e")) == 1
+    leaf.on("e")(other)
+    assert len(root.handlers_for("m.l.e")) == 2
+
+
+def test_a_router_included_later_is_found_from_the_root() -> None:
+    root, middle, leaf = EventRouter(), EventRouter("m"), EventRouter("l")
+    leaf.on("e")(handle)
+    root.include_router(middle)
+    before = root.version
+    middle.include_router(leaf)
+    assert root.version > before
+    assert patterns(root) == ["m.l.e"]
+
+
+def test_what_changes_nothing_keeps_the_version() -> None:
+    router = EventRouter()
+    router.on("e")(handle)
+    before = router.version
+    with pytest.raises(DuplicateHandlerError):
+        router.on("e")(handle)
+    router.handlers_for("e")
+    router.routes()
+    assert router.version == before
+
+
+def test_handlers_of_one_event_run_in_the_order_of_registration() -> None:
+    first, root, second = EventRouter(), EventRouter(), EventRouter()
+    root.on("e", name="1")(fresh())
+    second.on("e", name="2")(fresh())
+    first.on("e", name="3")(fresh())
+    root.include_router(first)
+    root.include_router(second)
+    second.on("e", name="4")(fresh())
+    root.on("e", name="5")(fresh())
+    assert names(root, "e") == ["1", "2", "3", "4", "5"]
+    assert [route.handler.name for route in root.routes()] == ["1", "2", "3", "4", "5"]
+
+
+def test_one_router_may_be_included_under_two_prefixes() -> None:
+    root, child = EventRouter(), EventRouter("c")
+    child.on("e")(handle)
+    root.include_router(child, prefix="a")
+    root.include_router(child, prefix="b")
+    assert patterns(root) == ["a.c.e", "b.c.e"]
+    child.on("f")(handle)
+    assert sorted(patterns(root)) == ["a.c.e", "a.c.f", "b.c.e", "b.c.f"]
+
+
+def test_one_handler_may_handle_several_events() -> None:
+    router = EventRouter()
+    router.on("a")(router.on("b")(handle))
+    assert sorted(patterns(router)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("again", [{}, {"name": "another"}, {"transactional": True}])
+def test_the_same_handler_twice_for_one_path_is_refused(again: dict[str, Any]) -> None:
+    router = EventRouter("shop")
+    router.on("order.placed", name="mine")(handle)
+    with pytest.raises(DuplicateHandlerError) as caught:
+        router.on("order.placed", **again)(handle)
+    assert caught.value.path == "shop.order.placed"
+    assert len(router.routes()) == 1
+
+
+def test_two_handlers_of_one_name_for_one_path_are_refused() -> None:
+    router = EventRouter()
+    router.on("order.placed", name="mine")(handle)
+    with pytest.raises(DuplicateHandlerError) as caught:
+        router.on("order.placed", name="mine")(other)
+    assert (caught.value.handler, caught.value.path) == ("mine", "order.placed")
+    router.on("order.paid", name="mine")(other)
+    assert len(router.routes()) == 2
+
+
+def test_a_duplicate_by_inclusion_leaves_the_tree_unchanged() -> None:
+    top, root, child = EventRouter(), EventRouter(), EventRouter()
+    top.include_router(root)
+    root.on("a.e")(handle)
+    child.on("d")(handle)
+    child.on("e")(handle)
+    before = (root.version, top.version)
+    with pytest.raises(DuplicateHandlerError) as caught:
+        root.include_router(child, prefix="a")
+    assert caught.value.path == "a.e"
+    assert patterns(root) == patterns(top) == ["a.e"]
+    assert (root.version, top.version) == before
+    child.on("f")(handle)
+    assert patterns(root) == ["a.e"]
+
+
+def test_a_duplicate_that_shows_only_further_up_is_refused_where_it_is_written() -> None:
+    root, child = EventRouter(), EventRouter()
+    root.on("a.e")(handle)
+    root.include_router(child, prefix="a")
+    with pytest.raises(DuplicateHandlerError) as caught:
+        child.on("e")(handle)
+    assert caught.value.path == "a.e"
+    assert child.routes() == ()
+    assert patterns(root) == ["a.e"]
+
+
+def test_a_route_that_would_meet_itself_on_two_ways_up_is_refused() -> None:
+    root, left, right, leaf = EventRouter(), EventRouter(), EventRouter(), EventRouter()
+    root.include_router(left)
+    root.include_router(right)
+    left.include_router(leaf)
+    right.include_router(leaf)
+    with pytest.raises(DuplicateHandlerError):
+        leaf.on("e")(handle)
+    assert [router.routes() for router in (root, left, right, leaf)] == [()] * 4
+
+
+def test_the_same_inclusion_twice_is_refused() -> None:
+    root, child = EventRouter("r"), EventRouter()
+    root.include_router(child, prefix="a")
+    with pytest.raises(ConfigurationError, match="already included"):
+        root.include_router(child, prefix="a")
+    child.on("e")(handle)
+    with pytest.raises(DuplicateHandlerError):
+        root.include_router(child, prefix="a")
+    assert patterns(root) == ["r.a.e"]
+
+
+def test_a_cycle_is_refused() -> None:
+    a, b, c = EventRouter("a"), EventRouter("b"), EventRouter("c")
+    a.include_router(b)
+    b.include_router(c)
+    for inner, outer in ((a, a), (b, a), (c, a), (c, b)):
+        with pytest.raises(ConfigurationError, match="cycle"):
+            inner.include_router(outer, prefix="x")
+    a.include_router(c, prefix="x")  # two ways down to one router are no cycle
+
+
+@pytest.mark.parametrize("what", [None, "router", EventRouter, 1])
+def test_only_routers_are_included(what: Any) -> None:
+    with pytest.raises(ConfigurationError):
+        EventRouter().include_router(what)
+
+
+NO_NAMES: list[Any] = [
+    " ", ".", "a..b", ".a", "a.", "a b", "a" * 256, "é", "\U0001f600" * 16, "a\x00", "a\n", "a\x1b", "\ud800",
+    "e\u0301", "\u202ea", "a\u200bb", "'; DROP", "%s", "{0.__class__}", ":bind", "\\", "(a+)+$", b"a", 1, None, ["a"],
+    "*", "#", "a.*", "a.#", "order.*.placed", ">",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["", *NO_NAMES], ids=ascii)
+def test_a_path_is_a_dotted_name(name: Any) -> None:
+    router = EventRouter()
+    with pytest.raises(InvalidEventTypeError):
+        router.on(name)
+    assert router.routes() == ()
+
+
+@pytest.mark.parametrize("name", NO_NAMES, ids=ascii)
+def test_a_prefix_is_a_dotted_name_or_nothing(name: Any) -> None:
+    with pytest.raises(InvalidEventTypeError):
+        EventRouter(name)
+    with pytest.raises(InvalidEventTypeError):
+        EventRouter().include_router(EventRouter(), prefix=name)
+
+
+def test_patterns_are_refused_by_name() -> None:
+    with pytest.raises(InvalidEventTypeError, match="not supported yet"):
+        EventRouter().on("order.*")
+
+
+def test_a_full_path_has_a_limit_too() -> None:
+    root, child = EventRouter("r" * 200), EventRouter()
+    with pytest.raises(InvalidEventTypeError):
+        root.on("p" * 55)
+    child.on("p" * 55)(handle)
+    with pytest.raises(InvalidEventTypeError):
+        root.include_router(child)
+    assert root.routes() == ()
+    late = EventRouter()
+    root.include_router(late)
+    with pytest.raises(InvalidEventTypeError):
+        late.on("p" * 55)(handle)
+    assert late.routes() == ()
+    late.on("p" * 54)(handle)
+    assert len(patterns(root)[0]) == 255
+
+
+class Service:
+    async def method(self, ctx: Any, payload: Any) -> None: ...
+
+    @classmethod
+    async def of_class(cls, ctx: Any, payload: Any) -> None: ...
+
+    @staticmethod
+    async def static(ctx: Any, payload: Any) -> None: ...
+
+    async def __call__(self, ctx: Any, payload: Any) -> None: ...
+
+
+class Plain:
+    def __call__(self, ctx: Any, payload: Any) -> None: ...
+
+
+async def extra(service: Any, ctx: Any, payload: Any, *, retries: int = 3) -> None: ...
+
+
+async def varied(*args: Any, **kwargs: Any) -> None: ...
+
+
+async def defaulted(ctx: Any, payload: Any, more: int = 1, *, keyword: int = 2) -> None: ...
+
+
+async def unresolved(ctx: Context, payload: Nowhere) -> None: ...  # type: ignore[name-defined]  # noqa: F821 - on purpose
+
+
+@functools.wraps(extra)
+async def injecting(ctx: Any, payload: Any) -> None:
+    """A decorator's wrapper: what it wraps takes more than it is called with."""
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        handle, fresh(), Service().method, Service.of_class, Service.static, varied, defaulted, unresolved, injecting,
+    ],
+    ids=lambda function: function.__qualname__,
+)  # fmt: skip
+def test_coroutine_functions_with_a_name_are_accepted(function: Any) -> None:
+    router = EventRouter()
+    assert router.on("e")(function) is function
+    assert names(router, "e") == [f"{function.__module__}.{function.__qualname__}"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [Service(), functools.partial(extra, 1), functools.partial(functools.partial(extra, 1), retries=1), AsyncMock()],
+    ids=lambda function: type(function).__name__,
+)  # fmt: skip
+def test_what_has_no_name_of_its_own_needs_one(function: Any) -> None:
+    router = EventRouter()
+    with pytest.raises(InvalidHandlerError, match="name="):
+        router.on("e")(function)
+    router.on("e", name="mine")(function)
+    assert names(router, "e") == ["mine"]
+
+
+def test_the_same_bound_method_twice_is_a_duplicate_and_two_instances_need_names() -> None:
+    router, service = EventRouter(), Service()
+    router.on("e", name="one")(service.method)
+    with pytest.raises(DuplicateHandlerError, match="second registration"):
+        router.on("e", name="two")(service.method)
+    router.on("e", name="two")(Service().method)
+    assert names(router, "e") == ["one", "two"]
+
+
+def plain(ctx: Any, payload: Any) -> None: ...
+
+
+def generator(ctx: Any, payload: Any) -> Iterator[int]:
+    yield 1
+
+
+async def async_generator(ctx: Any, payload: Any) -> AsyncIterator[int]:
+    yield 1
+
+
+async def nothing() -> None: ...
+
+
+async def one(ctx: Any) -> None: ...
+
+
+async def three(ctx: Any, payload: Any, more: Any) -> None: ...
+
+
+async def keyword_only(ctx: Any, *, payload: Any) -> None: ...
+
+
+async def keyword_needed(ctx: Any, payload: Any, *, needed: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        plain, lambda ctx, payload: handle(ctx, payload), generator, async_generator, Plain(), Service,
+        Plain().__call__,
+        functools.partial(plain), functools.partial(generator), functools.partial(handle, 1),
+        functools.lru_cache(handle), None, 1, "handle", object(), print, int, asyncio, nothing, one, three,
+        keyword_only, keyword_needed, Service.method, functools.partial(Service), EventRouter(),
+    ],
+    ids=lambda function: getattr(function, "__name__", type(function).__name__),
+)  # fmt: skip
+def test_what_cannot_be_awaited_with_two_arguments_is_refused(function: Any) -> None:
+    router = EventRouter()
+    with pytest.raises(InvalidHandlerError) as caught:
+        router.on("e", name="mine")(function)
+    assert isinstance(caught.value, TypeError)
+    assert "async def" in str(caught.value)
+    assert router.routes() == ()
+
+
+def test_a_coroutine_is_refused_and_does_not_warn_that_nobody_awaited_it() -> None:
+    coroutine: Any = handle(None, None)
+    with pytest.raises(InvalidHandlerError, match="without calling it"):
+        EventRouter().on("e")(coroutine)
+    assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
+
+
+@pytest.mark.parametrize("name", ["", "a\x00", "a\n", "\ud800", "x" * 256, "é" * 128, 1, b"a", True])
+def test_a_stable_name_is_short_printable_text(name: Any) -> None:
+    with pytest.raises(InvalidHandlerError):
+        EventRouter().on("e", name=name)
+
+
+@pytest.mark.parametrize("transactional", [1, 0, None, "yes"])
+def test_transactional_is_a_bool(transactional: Any) -> None:
+    with pytest.raises(ConfigurationError):
+        EventRouter().on("e", transactional=transactional)
+
+
+def test_a_router_does_not_keep_its_parents_alive() -> None:
+    child, parent = EventRouter(), EventRouter()
+    parent.include_router(child)
+    gone = weakref.ref(parent)
+    del parent
+    gc.collect()
+    assert gone() is None
+    child.on("e")(handle)
+    assert patterns(child) == ["e"]
+
+
+class Oracle:
+    """The same tree, without tables: it walks whenever it is asked."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.paths: list[tuple[int, str, str]] = []
+        self.children: list[tuple[str, Oracle]] = []
+
+    def walk(self) -> list[tuple[int, str, str]]:
+        found = list(self.paths)
+        for between, child in self.children:
+            found += [(number, f"{between}.{path}".strip("."), name) for number, path, name in child.walk()]
+        return sorted((n, f"{self.prefix}.{path}".strip("."), name) for n, path, name in found)
+
+
+@given(st.integers(0, 2**32))
+def test_a_random_tree_is_resolved_like_a_naive_walk(seed: int) -> None:
+    rng = random.Random(seed)
+    words = ["", "a", "b", "a.b"]
+    pairs: list[tuple[EventRouter, Oracle]] = []
+    for _ in range(5):
+        prefix = rng.choice(words)
+        pairs.append((EventRouter(prefix), Oracle(prefix)))
+    for step in range(25):
+        index = rng.randrange(len(pairs))
+        router, oracle = pairs[index]
+        if rng.random() < 0.3 and index:
+            above, oracle_above = pairs[rng.randrange(index)]
+            between = rng.choice(words)
+            oracle_above.children.append((between, oracle))
+            if all(unique(root.walk()) for _, root in pairs) and not_twice(oracle_above):
+                above.include_router(router, prefix=between)
+            else:
+                with pytest.raises(ConfigurationError):
+                    above.include_router(router, prefix=between)
+                oracle_above.children.pop()
+        else:
+            path, name = rng.choice(["a", "b", "a.b"]), f"h{rng.randrange(4)}"
+            oracle.paths.append((step, path, name))
+            if all(unique(root.walk()) for _, root in pairs):
+                router.on(path, name=name)(fresh())
+            else:
+                with pytest.raises(DuplicateHandlerError):
+                    router.on(path, name=name)(fresh())
+                oracle.paths.pop()
+        for found, expected in pairs:
+            walked = expected.walk()
+            for path in {path for _, path, _ in walked} | {"a.a"}:
+                assert names(found, path) == [name for _, full, name in walked if full == path]
+    for found, expected in pairs:
+        routes = [(route.pattern, route.handler.name) for route in found.routes()]
+        assert sorted(routes) == sorted((path, name) for _, path, name in expected.walk())
+
+
+def unique(walked: list[tuple[int, str, str]]) -> bool:
+    full = [(path, name) for _, path, name in walked]
+    return len(full) == len(set(full))
+
+
+def not_twice(oracle: Oracle) -> bool:
+    edges = [(between, id(child)) for between, child in oracle.children]
+    return len(edges) == len(set(edges))
+
+
+def test_ten_thousand_routes_are_looked_up_like_one() -> None:
+    root, child = EventRouter("shop"), EventRouter()
+    root.include_router(child)
+    for i in range(10_000):
+        child.on(f"event.n{i}")(handle)
+    assert len(root.routes()) == 10_000
+    looked_up = min(timeit.repeat(lambda: root.handlers_for("shop.event.n9999"), number=1_000, repeat=5)) / 1_000
+    assert looked_up < 50e-6
