@@ -12,8 +12,8 @@ completion, which detects what was sent on the driver connection itself.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, Final, NoReturn, cast
 
 from sqlalchemy import Connection, Engine, event
@@ -211,17 +211,6 @@ def _open(session: Session, guard: Guard) -> None:
     Session.connection(session)
 
 
-@contextmanager
-def unlocked(session: DispatchAsyncSession) -> Iterator[None]:
-    """Lend the session to the current task, the dispatcher's, inside the block."""
-    guard = session.sync_session.guard
-    owner, guard.owner = guard.owner, _current_task()
-    try:
-        yield
-    finally:
-        guard.owner = owner
-
-
 def guard_engine(engine: AsyncEngine) -> AsyncEngine:
     """Return an engine whose connections obey the guard; *engine*, whose pool it shares, stays as it was.
 
@@ -232,10 +221,6 @@ def guard_engine(engine: AsyncEngine) -> AsyncEngine:
     event.listen(target, "before_cursor_execute", _on_statement)
     event.listen(target, "commit", _on_commit)
     event.listen(target, "rollback", _on_rollback)
-    for name in ("savepoint", "rollback_savepoint", "release_savepoint"):
-        event.listen(target, name, _on_savepoint)
-    for name in ("begin_twophase", "prepare_twophase", "commit_twophase", "rollback_twophase"):
-        event.listen(target, name, _on_two_phase)
     return guarded
 
 
@@ -272,13 +257,3 @@ def _on_rollback(connection: Connection) -> None:
         return  # a failed flush, which raises by itself; refusing here would hide its error
     guard.check_control("rollback()")
     guard.rollback()
-
-
-def _on_savepoint(connection: Connection, *_: object) -> None:
-    if guard := _guard_of(connection):
-        guard.check_control("A savepoint")
-
-
-def _on_two_phase(connection: Connection, *_: object) -> None:
-    if _guard_of(connection):
-        raise SessionControlError("The transaction of a delivery cannot be prepared for a two-phase commit.")

@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column, validates
 
-from pgebus.errors import SessionStateError
+from pgebus.errors import InvalidEventTypeError, SessionStateError
 from pgebus.names import check_channel, check_event_type
 from pgebus.payloads import check_headers, check_payload, check_run_at
 
@@ -158,6 +158,14 @@ class Event(Base):
         # may hold what no log should.
         shown = ", ".join(f"{name}={self.__dict__.get(name)!r}" for name in ("id", "type", "channel"))
         return f"{type(self).__name__}({shown})"
+
+
+@event.listens_for(Event, "before_insert", propagate=True)
+def _refuse_without_type(_mapper: Mapper[Event], _connection: Connection, target: Event) -> None:
+    if target.type is None:
+        raise InvalidEventTypeError(
+            "An event without a type was added. Write Event(type='order.placed', …).", value=None
+        )
 
 
 @event.listens_for(Event, "before_insert", propagate=True)

@@ -67,7 +67,7 @@ class Entry(Base):
 Handler = Callable[[GuardedSession], Awaitable[object]]
 
 
-class Undo(Exception):
+class UndoError(Exception):
     """Raised by a handler that has seen what it wanted to see."""
 
 

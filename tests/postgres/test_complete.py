@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import asyncpg
 import pytest
-from plain_sql import Sql, drain, listen, publish, sleeper, statuses, subscribe
+from tests.postgres.plain_sql import Sql, drain, listen, publish, sleeper, statuses, subscribe
 
 from pgebus.settings import DatabaseSettings
 

@@ -6,9 +6,9 @@ import asyncio
 from datetime import UTC, datetime
 
 import pytest
-from plain_sql import Sql, deliveries
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
+from tests.postgres.plain_sql import Sql, deliveries
 
 from pgebus.database import DatabaseSessionManager
 from pgebus.errors import SessionStateError

@@ -7,7 +7,18 @@ from datetime import UTC, datetime, timedelta
 
 import asyncpg
 import pytest
-from plain_sql import NOW, Sql, deliveries, drain, insert_delivery, listen, publish, sleeper, statuses, subscribe
+from tests.postgres.plain_sql import (
+    NOW,
+    Sql,
+    deliveries,
+    drain,
+    insert_delivery,
+    listen,
+    publish,
+    sleeper,
+    statuses,
+    subscribe,
+)
 
 from pgebus.settings import DatabaseSettings
 
@@ -116,15 +127,15 @@ async def test_a_rolled_back_event_leaves_no_delivery(sql: Sql) -> None:
     assert await deliveries(sql) == []
 
 
-async def test_deliveries_that_are_there_already_stay_as_they_are(sql: Sql) -> None:
-    """A restore of the data alone, with triggers: deliveries first, then events."""
-    await subscribe(sql, "group", "a")
-    for event_id, key in ((1, None), (2, "k")):
-        await insert_delivery(sql, event_id=event_id, consumer_group="group", status="completed", finished_at=NOW)
+async def test_a_restored_event_keeps_the_deliveries_it_has(sql: Sql) -> None:
+    """A restore of the data alone, with triggers: deliveries come first, then events, then subscriptions."""
+    for event_id, key in ((1, None), (2, "k"), (3, None)):
+        if event_id < 3:
+            await insert_delivery(sql, event_id=event_id, consumer_group="group", status="completed", finished_at=NOW)
         await sql.execute(
             "INSERT INTO pgebus.events (id, type, key) OVERRIDING SYSTEM VALUE VALUES ($1, 'a', $2)", event_id, key
         )
-    assert await deliveries(sql) == [(1, "group", "completed"), (2, "group", "completed")]
+    assert await deliveries(sql) == [(1, "group", "completed"), (2, "group", "completed"), (3, "default", "unhandled")]
 
 
 async def test_deleted_events_take_their_deliveries_along(sql: Sql) -> None:

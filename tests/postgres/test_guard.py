@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import asyncpg
 import pytest
-from deliveries import BEGIN, Account, Deliveries, Entry, Undo, opened
-from deliveries import deliveries as deliveries
-from deliveries import ledger as ledger
 from sqlalchemy import DDL, Connection, CursorResult, event, func, inspect, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, SQLAlchemyError, StatementError
 from sqlalchemy.ext.asyncio import AsyncSession, async_object_session
 from sqlalchemy.orm import Session, SessionTransaction, object_session
+from tests.postgres.deliveries import BEGIN, Account, Deliveries, Entry, UndoError, opened
+from tests.postgres.deliveries import deliveries as deliveries
+from tests.postgres.deliveries import ledger as ledger
 
 from pgebus._guard import guard_engine
 from pgebus.database import make_engine
@@ -163,9 +163,9 @@ async def test_a_way_out_is_refused(deliveries: Deliveries, way: Way) -> None:
         account = await opened(session)
         with pytest.raises(SessionControlError):
             await _awaited(way(session, account))
-        raise Undo
+        raise UndoError
 
-    with pytest.raises(Undo):
+    with pytest.raises(UndoError):
         await deliveries.run(handler)
     assert await deliveries.owners() == []
     assert await deliveries.status() == "running"
@@ -199,9 +199,9 @@ async def test_what_the_session_lacks_is_explained(deliveries: Deliveries, name:
     async def handler(session: GuardedSession) -> None:
         with pytest.raises(SessionControlError, match=rf"^GuardedSession has no {name}\(\): .+\.$"):
             getattr(session, name)
-        raise Undo
+        raise UndoError
 
-    with pytest.raises(Undo):
+    with pytest.raises(UndoError):
         await deliveries.run(handler)
 
 
@@ -262,6 +262,7 @@ USES: dict[str, Callable[[GuardedSession, Account], Awaitable[object]]] = {
     "refresh": lambda s, a: s.refresh(a),
     "object_session": lambda _, a: async_of(a).execute(select(1)),
     "commit": lambda _, a: async_of(a).commit(),
+    "connection": lambda _, a: cast("Any", async_of(a).bind).exec_driver_sql("SELECT 1"),
 }
 
 
@@ -321,11 +322,11 @@ async def test_after_its_delivery_the_session_is_refused(deliveries: Deliveries,
         account = await opened(session)
         kept.extend([session, account, sync_of(account), async_of(account)])
         if raises:
-            raise Undo
+            raise UndoError
 
     try:
         await deliveries.run(handler)
-    except Undo:
+    except UndoError:
         assert raises
     session, account, stolen, stolen_async = kept
     uses: list[Callable[[], Any]] = [
@@ -402,9 +403,9 @@ async def test_a_failed_bulk_write_shows_its_own_error(deliveries: Deliveries) -
 async def test_a_python_error_rolls_back(deliveries: Deliveries) -> None:
     async def handler(session: GuardedSession) -> None:
         await opened(session)
-        raise Undo
+        raise UndoError
 
-    with pytest.raises(Undo):
+    with pytest.raises(UndoError):
         await deliveries.run(handler)
     assert await deliveries.owners() == []
 

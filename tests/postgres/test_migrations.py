@@ -27,7 +27,7 @@ from pgebus.models import metadata
 from pgebus.names import quote_identifier
 from pgebus.settings import DatabaseSettings
 
-ODD = 'Odd "na:me" %s'
+ODD = 'Odd ":name" %s'
 ROOT = Path(__file__).parents[2]
 
 # What autogenerate does not see, and what it does: every line is one fact about the schema $1.
@@ -347,7 +347,7 @@ async def test_of_several_at_once_one_migrates(
         "from pgebus.migrations import upgrade\nfrom pgebus.settings import Settings\nupgrade(Settings().database)"
     )
     waiting = "SELECT pg_sleep(0.01), count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-    async with asyncio.timeout(20), asyncio.TaskGroup() as processes, empty.transaction():
+    async with asyncio.timeout(60), asyncio.TaskGroup() as processes, empty.transaction():
         await empty.execute("SELECT pg_advisory_xact_lock(hashtextextended('pgebus.migrations pgebus', 0))")
         for _ in range(2):
             processes.create_task(run(empty_database, "-c", program))

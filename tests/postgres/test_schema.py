@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import asyncpg
 import pytest
-from plain_sql import NOW, Sql, insert_delivery, subscribe
+from tests.postgres.plain_sql import NOW, Sql, insert_delivery, subscribe
 
 BAD_EVENTS: list[tuple[dict[str, object], str]] = [
     ({"type": "a..b"}, "ck_events_type"),

@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Callable
 
 import asyncpg
 import pytest
-from deliveries import Account, Deliveries, Entry, Undo, opened
-from deliveries import deliveries as deliveries
-from deliveries import ledger as ledger
 from sqlalchemy import insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, NoResultFound, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, make_transient_to_detached, selectinload
+from tests.postgres.deliveries import Account, Deliveries, Entry, UndoError, opened
+from tests.postgres.deliveries import deliveries as deliveries
+from tests.postgres.deliveries import ledger as ledger
 
 from pgebus.errors import SessionControlError, UnsafeSessionWarning
 from pgebus.session import GuardedSession
@@ -245,9 +245,9 @@ async def test_unsafe_commits_in_postgresql(deliveries: Deliveries, way: str) ->
         assert await deliveries.owners() == ["Ada"]
         await opened(session, 2, "Grace")
         assert await deliveries.owners() == ["Ada"]
-        raise Undo
+        raise UndoError
 
-    with pytest.raises(Undo):
+    with pytest.raises(UndoError):
         await deliveries.run(handler)
     assert await deliveries.owners() == ["Ada"]
     assert await deliveries.status() == "running"
@@ -317,9 +317,9 @@ async def test_unsafe_commit_of_an_aborted_transaction_is_an_error(deliveries: D
             await session.execute(text("SELECT 1/0"))
         with pytest.raises(DBAPIError, match="aborted"):
             await unsafe(session).commit()
-        raise Undo
+        raise UndoError
 
-    with pytest.raises(Undo):
+    with pytest.raises(UndoError):
         await deliveries.run(handler)
     assert await deliveries.owners() == []
 
@@ -395,6 +395,8 @@ async def test_a_connection_lost_beside_unsafe_is_not_replaced(deliveries: Deliv
         with pytest.raises((DBAPIError, SessionControlError)):
             await session.execute(select(1))
         await raw.rollback()
+        with session.no_autoflush, pytest.raises(SessionControlError, match="lost"):
+            await session.execute(text("INSERT INTO accounts VALUES (3, 'Alan', 0)"))
         with pytest.raises(SessionControlError, match="lost"):
             await opened(session, 2, "Grace")
 

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import json
 import sys
+import tracemalloc
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
@@ -241,12 +242,24 @@ def test_the_limit_counts_bytes_of_compact_utf8_json() -> None:
     assert (caught.value.size, caught.value.limit) == (size, size - 1)
 
 
-@pytest.mark.parametrize("payload", [unfolding(), {"a": ["x" * 1_000_000] * 1_000_000}, {"a": [10**3999] * 100_000}])
-def test_shared_references_that_unfold_to_too_much_are_refused_before_they_do(
-    payload: dict[str, Any],
-) -> None:
-    with pytest.raises(PayloadTooLargeError):
-        check_payload(payload, limit=LIMIT)
+@pytest.mark.parametrize(
+    "payload",
+    [
+        unfolding(),
+        {"a": ["x" * 1_000_000] * 100},
+        {"a": [{"x": "x" * 1_000_000}] * 100},
+        {"a": [10**3999] * 20_000},
+    ],
+    ids=["lists", "texts", "objects", "integers"],
+)
+def test_shared_references_that_unfold_to_too_much_are_refused_before_they_do(payload: dict[str, Any]) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(PayloadTooLargeError):
+            check_payload(payload, limit=100_000)
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_headers_may_have_64_kib() -> None:

@@ -124,10 +124,11 @@ class Claimer:
         while True:
             worker_id = await self._presence.wait()
             async with self._turn:
-                delay = self._poll_interval if self._closed else await self._round(worker_id)
+                delay = float("inf") if self._closed else await self._round(worker_id)
             self._health.well()
-            if delay > 0:
-                await self._wakeup.wait(delay)
+            if delay == float("inf"):
+                await asyncio.Future()  # closed: nothing is left to do but to be cancelled
+            await self._wakeup.wait(delay)
 
     async def close(self, within: float) -> None:
         """Claim nothing more; wait for a claim in progress, at most *within* seconds, and give back what waits."""

@@ -276,6 +276,8 @@ def _correlation(lease: Lease, decoded: _Decoded) -> dict[str, Any]:
 
 async def _roll_back(connection: AsyncConnection, raw: asyncpg.Connection[asyncpg.Record]) -> None:
     """End a transaction that is still open; a connection on which that fails is thrown away."""
+    if connection.closed:  # a handler dug it out and gave it back; the pool's own net has caught it
+        return
     if raw.is_closed():
         await connection.invalidate()
         return

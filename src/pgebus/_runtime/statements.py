@@ -23,7 +23,7 @@ _EVENT = """d.type AS delivery_type, d.key AS delivery_key, e.id, e.type, e.chan
     CASE WHEN e.run_at > '0001-01-03' AND e.run_at < '9999-12-29' THEN e.run_at END AS run_at,
     CASE WHEN e.created_at > '0001-01-03' AND e.created_at < '9999-12-29' THEN e.created_at END AS created_at"""
 
-_LEASE = "d.event_id, d.consumer_group, d.status, d.claim_seq, d.attempt, d.lost, d.handled, d.due_at"
+_LEASE = "d.event_id, d.consumer_group, d.status, d.claim_seq, d.attempt, d.lost, d.handled, d.priority AS lane,\n    extract(epoch FROM d.due_at) AS due"
 
 _FENCE = """d.event_id = $1::bigint AND d.consumer_group = $2::text AND d.claim_seq = $3::integer
     AND d.worker_id = $4::bigint AND d.status = 'running'"""
@@ -106,7 +106,7 @@ SET status = 'running', worker_id = $1::bigint, claimed_at = clock_timestamp(), 
     claim_seq = d.claim_seq + 1
 FROM due LEFT JOIN {s}.events e ON e.id = due.event_id
 WHERE d.ctid = due.place
-RETURNING {_LEASE}, d.priority AS lane, {_EVENT}"""
+RETURNING {_LEASE}, {_EVENT}"""
 
         # Complete any number: $1 to $4 as in `held`. Returns the leases whose fence held.
         self.complete: Final = f"""
@@ -211,7 +211,7 @@ SET status = due.status,
     claim_seq = d.claim_seq + CASE WHEN due.status = 'running' THEN 1 ELSE 0 END
 FROM due LEFT JOIN {s}.events e ON e.id = due.event_id
 WHERE d.ctid = due.place
-RETURNING {_LEASE}, d.priority AS lane, {_EVENT}"""
+RETURNING {_LEASE}, {_EVENT}"""
 
         # Seconds until something is due, NULL when nothing waits, and the database's clock: $1 channel, $2 groups.
         self.next_due: Final = f"""

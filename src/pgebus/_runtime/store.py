@@ -117,7 +117,7 @@ class Store:
         When this raises, deliveries may have been claimed all the same: see `strays()`.
         """
         rows = await self._line.fetch(self._sql.claim, worker_id, self._channel, list(groups), limit)
-        rows.sort(key=lambda row: (row["lane"], row["due_at"], row["event_id"]))
+        rows.sort(key=lambda row: (row["lane"], row["due"], row["event_id"]))
         return [Lease.from_row(row, worker_id) for row in rows]
 
     async def adopt(self, worker_id: int, group: str, event_type: str, limit: int) -> tuple[int, list[Lease]]:

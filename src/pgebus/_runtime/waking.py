@@ -99,6 +99,9 @@ class Wakeup:
         """Wait until something stirs, the next due time comes, or *at_most* seconds have passed."""
         if self.next_due is not None:
             at_most = min(at_most, self._clock.until(self.next_due))
+        await asyncio.sleep(0)  # a loop that finds its flag set every time must still let the others run
+        if at_most <= 0:
+            return
         try:
             async with asyncio.timeout(at_most):
                 await self._flag.wait()

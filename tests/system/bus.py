@@ -1,0 +1,62 @@
+"""A running bus for a test: its handlers, its tables, and questions to ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
+
+import asyncpg
+
+from pgebus import DatabaseSessionManager, DatabaseSettings, Event, EventRouter, EventSystem, Settings, publish_event
+from tests.system.waiting import until
+
+Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+# Short enough for a test that retries, long enough that nothing is found by polling before it is by a wake-up.
+QUICK = {"backoff_first_seconds": 0.01, "backoff_ceiling_seconds": 0.05, "poll_interval_seconds": 30.0}
+
+
+def settings(database: DatabaseSettings, **event_system: Any) -> Settings:
+    """Return settings with short backoff."""
+    return Settings(database=database, event_system={**QUICK, **event_system})
+
+
+@asynccontextmanager
+async def running(router: EventRouter, database: DatabaseSettings, **event_system: Any) -> AsyncIterator[EventSystem]:
+    """Run a system inside the block."""
+    async with EventSystem(router, settings(database, **event_system)) as system:
+        yield system
+
+
+async def publish(
+    sm: DatabaseSessionManager, event_type: str, payload: dict[str, Any] | None = None, **options: Any
+) -> int:
+    """Publish one event in a transaction of its own; return its id."""
+    async with sm.session() as session:
+        event: Event = await publish_event(session, event_type, payload or {}, "events", **options)
+        await session.commit()
+        return event.id
+
+
+async def delivery(sql: Sql, event_id: int) -> asyncpg.Record:
+    """Return the one delivery of an event."""
+    rows = await sql.fetch("SELECT * FROM pgebus.deliveries WHERE event_id = $1", event_id)
+    assert len(rows) == 1, rows
+    return rows[0]
+
+
+async def finished(sql: Sql, *event_ids: int, status: str = "completed", within: float = 10.0) -> None:
+    """Wait until the deliveries of all *event_ids* have *status*."""
+
+    async def check() -> bool:
+        count = await sql.fetchval(
+            "SELECT count(*) FROM pgebus.deliveries WHERE event_id = ANY ($1) AND status = $2", list(event_ids), status
+        )
+        return bool(count == len(event_ids))
+
+    try:
+        await until(check, within)
+    except AssertionError:
+        rows = await sql.fetch("SELECT * FROM pgebus.deliveries WHERE event_id = ANY ($1)", list(event_ids))
+        raise AssertionError(f"not {status} within {within} s: {[dict(row) for row in rows]}") from None

@@ -1,0 +1,54 @@
+"""Child processes that never outlive their test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+import pytest
+
+from pgebus import DatabaseSettings
+from pgebus._runtime import maintenance
+from tests.system.bus import Sql
+from tests.system.processes import Child, Inquest, watched
+from tests.system.worker_process import TABLES, Orders, Pipe
+
+
+class Spawn(Protocol):
+    """Starts a child on the test's database, with the fields of its `Orders`."""
+
+    def __call__(self, target: Callable[[Pipe, Orders], None], **orders: Any) -> Child: ...
+
+
+@pytest.fixture
+async def spawn(database: DatabaseSettings, sql: Sql) -> AsyncIterator[Spawn]:
+    """Start children; whatever becomes of the test, they end with it."""
+    await sql.execute(TABLES)
+    children: list[Child] = []
+    url = database.sqlalchemy_url().render_as_string(hide_password=False)
+
+    def start(target: Callable[[Pipe, Orders], None], **orders: Any) -> Child:
+        child = Child(target, Orders(url, **orders))
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        child.bury()
+
+
+@pytest.fixture
+def inquest(monkeypatch: pytest.MonkeyPatch) -> Inquest:
+    """Have a coroner in this process who looks often and knows nothing of fresh servers."""
+    seen = Inquest(set(), [])
+    monkeypatch.setattr(maintenance, "Coroner", watched(seen, patient=False))
+    monkeypatch.setattr(maintenance, "LOOK_SECONDS", 0.05)
+    return seen
+
+
+@pytest.fixture
+def patient_inquest(monkeypatch: pytest.MonkeyPatch) -> Inquest:
+    """Have the coroner of every system in this process watched, and nothing about it changed."""
+    seen = Inquest(set(), [])
+    monkeypatch.setattr(maintenance, "Coroner", watched(seen, patient=True))
+    return seen
