@@ -130,7 +130,8 @@ class EventSystem:
         try:
             await asyncio.wait([task, ready], return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            await cancel(task, _CANCELLED_SECONDS + _LAST_WRITES_SECONDS)
+            if await cancel(task, _CANCELLED_SECONDS + _LAST_WRITES_SECONDS):
+                self._task = None
             raise
         finally:
             ready.cancel()
@@ -169,7 +170,8 @@ class EventSystem:
         await asyncio.wait([task])
         if self._task is task:
             self._task = None
-            task.result()
+            if not task.cancelled():
+                task.result()
 
     async def run(self) -> None:
         """Run until `stop()` is called, or until the task is cancelled, which cancels the handlers at once.
@@ -182,7 +184,12 @@ class EventSystem:
         self._state = SystemState.STARTING
         try:
             async with self._engines() as (control, handlers, listen):
-                await self._run(control, handlers, listen)
+                lines = Line(control), Line(control), Line(control)
+                try:
+                    await self._run(*lines, handlers, listen)
+                finally:
+                    for line in lines:
+                        await line.close()
         finally:
             self._state = SystemState.STOPPED
 
@@ -205,10 +212,9 @@ class EventSystem:
     ) -> None:
         await self.stop(timeout=self._settings.event_system.shutdown_timeout_seconds)
 
-    async def _run(self, control: AsyncEngine, handlers: AsyncEngine, listen: AsyncEngine) -> None:
+    async def _run(self, claims: Line, writes: Line, rounds: Line, handlers: AsyncEngine, listen: AsyncEngine) -> None:
         options = self._settings.event_system
         statements = Statements(self._settings.database.schema_name)
-        lines = claims, writes, rounds = Line(control), Line(control), Line(control)
         await _require_schema(rounds, statements)
 
         acknowledger = Acknowledger(
@@ -292,8 +298,6 @@ class EventSystem:
                 await self._wind_down(claimer, acknowledger, rounds, statements, writing=loops.alive("acknowledge"))
             finally:
                 await loops.end()
-                for line in lines:
-                    await line.close()
 
     async def _wind_down(
         self,

@@ -40,7 +40,7 @@ async def spawn(database: DatabaseSettings, sql: Sql) -> AsyncIterator[Spawn]:
 @pytest.fixture
 def inquest(monkeypatch: pytest.MonkeyPatch) -> Inquest:
     """Have a coroner in this process who looks often and knows nothing of fresh servers."""
-    seen = Inquest(set(), [])
+    seen = Inquest()
     monkeypatch.setattr(maintenance, "Coroner", watched(seen, patient=False))
     monkeypatch.setattr(maintenance, "LOOK_SECONDS", 0.05)
     return seen
@@ -49,6 +49,6 @@ def inquest(monkeypatch: pytest.MonkeyPatch) -> Inquest:
 @pytest.fixture
 def patient_inquest(monkeypatch: pytest.MonkeyPatch) -> Inquest:
     """Have the coroner of every system in this process watched, and nothing about it changed."""
-    seen = Inquest(set(), [])
+    seen = Inquest()
     monkeypatch.setattr(maintenance, "Coroner", watched(seen, patient=True))
     return seen

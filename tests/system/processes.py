@@ -10,9 +10,9 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from typing import Any, TypeAlias
 
 from pgebus import DatabaseSettings
@@ -112,10 +112,12 @@ class Inquest:
     Attributes:
         witnessed: Workers whose lock was seen held.
         condemned: Workers that were found dead, once for each look.
+        looks: How often it has looked.
     """
 
-    witnessed: set[int]
-    condemned: list[int]
+    witnessed: set[int] = field(default_factory=set)
+    condemned: list[int] = field(default_factory=list)
+    looks: int = 0
 
 
 def watched(inquest: Inquest, *, patient: bool) -> type[Coroner]:
@@ -136,6 +138,7 @@ def watched(inquest: Inquest, *, patient: bool) -> type[Coroner]:
             dead = super().look(owners, now)
             inquest.witnessed.update(worker_id for worker_id, alive, *_ in owners if alive)
             inquest.condemned.extend(dead)
+            inquest.looks += 1
             return dead
 
     return Watched
@@ -146,7 +149,7 @@ async def rescuing(
     database: DatabaseSettings,
     *,
     gate_open: bool = True,
-    say: Callable[[str, int], None] = lambda word, event_id: None,
+    say: Callable[[str, int], None] = lambda *_: None,
     **event_system: Any,
 ) -> AsyncIterator[Stage]:
     """Run a healthy worker in this process, with the handlers of the children."""

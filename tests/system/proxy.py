@@ -10,12 +10,14 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from sqlalchemy import URL
 
 _ENCRYPT = (80877103, 80877104)  # TLS and GSSAPI: both are declined with one byte
+_SYNC = b"S\0\0\0\4"
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -38,7 +40,7 @@ class Proxy:
         self._server: asyncio.Server | None = None
         self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._cut: tuple[bytes, bool, asyncio.Event] | None = None
+        self._cut: _Cut | None = None
 
     @property
     def url(self) -> URL:
@@ -69,19 +71,19 @@ class Proxy:
         for link in self._links:
             link.frozen = True
 
-    def cut_at(self, needle: bytes, *, executed: bool) -> asyncio.Event:
+    def cut_at(self, needle: bytes, how: Literal["before", "after", "freeze"]) -> asyncio.Event:
         """Break the next connection that executes a statement whose text holds *needle*; the others stay.
 
         Args:
             needle: Part of the statement.
-            executed: Whether the server gets to execute it; its answer is lost in either case.
+            how: Reset before the server gets the statement, or after it has executed it, its answer lost; or frozen
+                before the server gets it.
 
         Returns:
-            Set when it has happened, and when the server is done with the statement.
+            Set when it has happened.
         """
-        happened = asyncio.Event()
-        self._cut = (needle, executed, happened)
-        return happened
+        self._cut = _Cut(needle, how)
+        return self._cut.happened
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -98,13 +100,12 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._server.wait_closed()
 
-    def taken(self, sql: bytes) -> tuple[bool, asyncio.Event] | None:
+    def take_cut(self, sql: bytes) -> _Cut | None:
         """Return what is to happen to a connection that executes *sql*, once."""
-        if self._cut is None or self._cut[0] not in sql:
+        if self._cut is None or self._cut.needle not in sql:
             return None
-        _, executed, happened = self._cut
-        self._cut = None
-        return executed, happened
+        cut, self._cut = self._cut, None
+        return cut
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.get_running_loop().create_task(self._serve((reader, writer)), name="proxy")
@@ -126,6 +127,13 @@ class Proxy:
                         self._links.discard(link)
 
 
+@dataclass
+class _Cut:
+    needle: bytes
+    how: Literal["before", "after", "freeze"]
+    happened: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class _Link:
     """One connection of a client and its connection to the server."""
 
@@ -134,7 +142,7 @@ class _Link:
         self._proxy = proxy
         self._client, self._server = client, server
         self._statements: dict[bytes, bytes] = {}
-        self._cut: asyncio.Event | None = None
+        self._lost_answer: _Cut | None = None
 
     async def run(self) -> None:
         up, down = (asyncio.ensure_future(way) for way in (self._upward(), self._downward()))
@@ -162,13 +170,16 @@ class _Link:
             if self.frozen:
                 continue
             sql = self._executed(kind, body)
-            if sql is not None and (taken := self._proxy.taken(sql)) is not None:
-                executed, happened = taken
-                if not executed:
-                    self.reset()
-                    happened.set()
-                    return
-                self._cut = happened
+            if sql is not None and (cut := self._proxy.take_cut(sql)) is not None:
+                if cut.how == "after":
+                    self._lost_answer = cut
+                else:
+                    cut.happened.set()
+                    if cut.how == "before":
+                        self.reset()
+                        return
+                    self.frozen = True
+                    continue
             writer.write(kind + struct.pack("!i", len(body) + 4) + body)
             await writer.drain()
 
@@ -176,10 +187,10 @@ class _Link:
         reader, writer = self._server[0], self._client[1]
         while True:
             kind, body = await read_message(reader)
-            if self._cut is not None:
+            if self._lost_answer is not None:
                 if kind == b"Z":
                     self.reset()
-                    self._cut.set()
+                    self._lost_answer.happened.set()
                     return
                 continue
             if not (self.frozen or kind in self._proxy.hidden):
@@ -251,36 +262,43 @@ class TransactionPooler:
         startup = await read_startup(client)
         for server in servers:
             server[1].write(startup)
-            greeting, _ = await _until_ready(server)
+            greeting = await _until(server, b"Z")
             if server is servers[0]:
                 client[1].write(greeting)
         while True:
-            kinds, request = set(), b""
-            while not kinds & {b"S", b"Q", b"X"}:
+            kinds, request, idle = set(), b"", False
+            while not kinds & {b"S", b"Q", b"H", b"X"}:
                 kind, body = await read_message(client[0])
                 kinds.add(kind)
                 request += kind + struct.pack("!i", len(body) + 4) + body
             if b"X" in kinds:
                 return
+            if b"H" in kinds:  # prepared, and executed in a later message
+                servers[1][1].write(request + _SYNC)
+                await _until(servers[1], b"Z")
+                servers[0][1].write(request)
+                client[1].write(await _until(servers[0], b"TnE"))
+                continue
             everywhere = not kinds & {b"E", b"Q"}
             for server in servers if everywhere else servers[:1]:
                 server[1].write(request)
-                answer, idle = await _until_ready(server)
+                answer = await _until(server, b"Z")
                 if server is servers[0]:
                     client[1].write(answer)
+                    idle = answer.endswith(b"I")
             if not everywhere and idle:
                 servers.reverse()
 
 
-async def _until_ready(server: Streams) -> tuple[bytes, bool]:
-    """Return what the server answered, up to and with ReadyForQuery, and whether no transaction is open."""
+async def _until(server: Streams, last: bytes) -> bytes:
+    """Return what the server answered, up to and with the first message of one of the types *last*."""
     answer = b""
     while True:
         kind, body = await read_message(server[0])
         if kind != b"A":
             answer += kind + struct.pack("!i", len(body) + 4) + body
-        if kind == b"Z":
-            return answer, body == b"I"
+        if kind in last:
+            return answer
 
 
 async def connect(upstream: URL) -> Streams:

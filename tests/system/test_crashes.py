@@ -28,8 +28,6 @@ BEFORE_THE_END = (
     "second handler wrote",
     "handlers returned",
 )
-GRACE = {"recovery_grace_seconds": 0.1}
-
 # The COMMIT of whoever writes to the table waits here, for an advisory lock that the test holds.
 SLOW_COMMIT = """
 CREATE FUNCTION wait_in_commit() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -85,7 +83,7 @@ async def test_a_worker_killed_before_its_commit_leaves_nothing_and_another_does
     assert (left["status"], left["attempt"], left["lost"]) == ("running", 1, 0)
     assert await effects(sql, event_id) == []
 
-    async with rescuing(database, **GRACE):
+    async with rescuing(database, recovery_grace_seconds=0.1):
         await finished(sql, event_id)
     after = await delivery(sql, event_id)
     assert (after["attempt"], after["lost"], after["claim_seq"]) == (2, 1, 2)
@@ -101,7 +99,7 @@ async def test_a_worker_killed_after_its_commit_has_done_it_and_nobody_does_it_a
     assert await child.dies() == -signal.SIGKILL
     assert (await delivery(sql, event_id))["status"] == "completed"
 
-    async with rescuing(database, **GRACE):
+    async with rescuing(database, recovery_grace_seconds=0.1):
         await finished(sql, await publish_here(sm, "order.placed"))
     after = await delivery(sql, event_id)
     assert (after["status"], after["attempt"], after["lost"]) == ("completed", 1, 0)
@@ -141,16 +139,16 @@ async def test_a_completion_whose_sender_was_killed_is_decided_by_postgresql(
         case "goes through":
             await block.rollback()
             await finished(sql, event_id)
-            async with rescuing(database, **GRACE):
+            async with rescuing(database, recovery_grace_seconds=0.1):
                 await finished(sql, await publish_here(sm, "order.placed"))
         case "is cut off":
             await sql.execute("SELECT pg_terminate_backend($1)", orphan)
             await gone(sql, orphan)
             await block.rollback()
-            async with rescuing(database, **GRACE):
+            async with rescuing(database, recovery_grace_seconds=0.1):
                 await finished(sql, event_id)
         case _:
-            async with rescuing(database, **GRACE):
+            async with rescuing(database, recovery_grace_seconds=0.1):
 
                 async def recovered_in_vain() -> bool:
                     return len(inquest.condemned) >= 3
@@ -195,7 +193,7 @@ async def test_without_a_transaction_a_killed_worker_costs_a_repetition_and_no_e
     await child.says("ready")
     event_id = await publish_here(sm, "mail.sent")
     assert await child.dies() == -signal.SIGKILL
-    async with rescuing(database, **GRACE):
+    async with rescuing(database, recovery_grace_seconds=0.1):
         await finished(sql, event_id)
     after = await delivery(sql, event_id)
     assert (after["attempt"], after["lost"]) == (2, 1)
@@ -221,7 +219,7 @@ async def test_what_a_publisher_committed_before_it_was_killed_is_handled(
     assert await child.dies() == -signal.SIGKILL
     (event_id,) = await child.says("published")
     assert await sql.fetchval("SELECT count(*) FROM orders") == 1
-    async with rescuing(database, **GRACE):
+    async with rescuing(database, recovery_grace_seconds=0.1):
         await finished(sql, event_id)
     assert await effects(sql, event_id) == [("bill", 1), ("reserve", 1)]
 
@@ -232,7 +230,7 @@ async def test_order_and_event_share_the_fate_of_a_commit_whose_sender_was_kille
 ) -> None:
     await sql.execute("CREATE TABLE orders (id int)")
     await sql.execute(SLOW_COMMIT.format("orders"))
-    async with rescuing(database, **GRACE):
+    async with rescuing(database, recovery_grace_seconds=0.1):
         await obstacle.execute("SELECT pg_advisory_lock(4711)")
         child = spawn(publish)
         (event_id,) = await child.says("published")

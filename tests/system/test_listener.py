@@ -130,9 +130,11 @@ async def test_a_publisher_that_began_before_the_worker_slept_is_found_by_the_lo
 ) -> None:
     """What a publisher commits without a wake-up is found after as much time again as the worker has been idle."""
     handled = Handled()
+    async with worker(handled.router, database):
+        pass  # it leaves its subscription: without one, this would be an event for nobody
     async with sm.session() as session:
         await session.connection(execution_options={"isolation_level": isolation_level})
-        # The snapshot of the trigger: no worker there yet.
+        # The trigger looks at the workers now, and sees none.
         await session.execute(
             text("INSERT INTO pgebus.events (type, payload) VALUES ('order.placed', '{\"early\": true}')")
         )
@@ -361,3 +363,19 @@ async def test_everything_the_listener_opened_is_closed_by_a_stop(
         return len(proxy) == 0
 
     await until(closed)
+
+
+async def test_a_connection_that_goes_deaf_while_it_is_made_is_given_up(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No statement is waited for without end, not even those that the driver and SQLAlchemy send by themselves."""
+    monkeypatch.setattr(listening, "ANSWER_SECONDS", 0.3)
+    handled = Handled()
+    async with worker(handled.router, listening_through(database, proxy.text_url()), **DEAF) as system:
+        deaf = proxy.cut_at(b"typeinfo_tree", "freeze")
+        proxy.reset()
+        await asyncio.wait_for(deaf.wait(), 10)
+        await no_longer(system)
+        await healthy(system, within=5.0)
+        event_id = await publish(sm, "order.placed")
+        await handled.wait_for(event_id, within=5.0)

@@ -60,8 +60,8 @@ class Stage:
 
     notes: asyncpg.Pool[asyncpg.Record]
     gate: asyncio.Event = field(default_factory=asyncio.Event)
-    reached: Callable[[str], None] = lambda point: None
-    say: Callable[[str, int], None] = lambda word, event_id: None
+    reached: Callable[[str], None] = lambda _: None
+    say: Callable[[str, int], None] = lambda *_: None
 
 
 @asynccontextmanager

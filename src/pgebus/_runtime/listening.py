@@ -84,8 +84,10 @@ class Listener:
             ConnectionError: When it is lost; begin again.
             SessionlessConnectionError: When the connection keeps no session; only the first time.
         """
-        async with self._engine.connect() as connection:
-            raw = await driver_of(connection)
+        async with contextlib.AsyncExitStack() as stack:
+            async with asyncio.timeout(ANSWER_SECONDS * 3):  # a connection may go deaf before it is ours
+                connection = await stack.enter_async_context(self._engine.connect())
+                raw = await driver_of(connection)
             lost = asyncio.Event()
             # The driver calls it in the loop's own thread.
             raw.add_termination_listener(lambda _: self._went_away(lost))

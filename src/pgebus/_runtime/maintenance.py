@@ -31,11 +31,12 @@ class Coroner:
     """Decides which workers are dead: pure, the time is given.
 
     A worker is dead when its lock has been seen absent for the whole grace, on a connection that was up all the time.
-    Right after a server start the grace is longer, except for a worker whose lock was seen held since.
+    Right after a server start the grace is longer, except for a worker whose lock was seen held since; and for one that
+    owns nothing there is no hurry. That one is ended all the same: its idle flag would make every publisher notify.
 
     Args:
         grace: Seconds without the lock.
-        fresh_grace: The same in the first minute of a server.
+        fresh_grace: The same in the first minute of a server, and for workers that own nothing.
     """
 
     def __init__(self, grace: float, fresh_grace: float = FRESH_SERVER_GRACE_SECONDS) -> None:
@@ -50,7 +51,7 @@ class Coroner:
         self._witnessed.clear()
 
     def look(self, owners: list[tuple[int, bool, bool, bool]], now: float) -> list[int]:
-        """Return the ids of workers that are dead and own deliveries.
+        """Return the ids of workers that are dead.
 
         Args:
             owners: (worker id, whether its lock is held, whether it owns running deliveries, whether the server has
@@ -64,8 +65,8 @@ class Coroner:
                 self._witnessed.add(worker_id)
                 continue
             since = absent[worker_id] = self._absent_since.get(worker_id, now)
-            grace = self._fresh_grace if fresh and worker_id not in self._witnessed else self._grace
-            if owns and now - since >= grace:
+            urgent = owns and not (fresh and worker_id not in self._witnessed)
+            if now - since >= (self._grace if urgent else self._fresh_grace):
                 dead.append(worker_id)
         self._absent_since = absent
         self._witnessed &= {worker_id for worker_id, *_ in owners}

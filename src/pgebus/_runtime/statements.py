@@ -23,7 +23,8 @@ _EVENT = """d.type AS delivery_type, d.key AS delivery_key, e.id, e.type, e.chan
     CASE WHEN e.run_at > '0001-01-03' AND e.run_at < '9999-12-29' THEN e.run_at END AS run_at,
     CASE WHEN e.created_at > '0001-01-03' AND e.created_at < '9999-12-29' THEN e.created_at END AS created_at"""
 
-_LEASE = "d.event_id, d.consumer_group, d.status, d.claim_seq, d.attempt, d.lost, d.handled, d.priority AS lane,\n    extract(epoch FROM d.due_at) AS due"
+_LEASE = """d.event_id, d.consumer_group, d.status, d.claim_seq, d.attempt, d.lost, d.handled, d.priority AS lane,
+    extract(epoch FROM d.due_at) AS due"""
 
 _FENCE = """d.event_id = $1::bigint AND d.consumer_group = $2::text AND d.claim_seq = $3::integer
     AND d.worker_id = $4::bigint AND d.status = 'running'"""

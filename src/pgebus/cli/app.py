@@ -5,6 +5,7 @@ The work itself is done elsewhere: `pgebus.migrations` migrates, `pgebus.cli.dem
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,7 +90,11 @@ def demo() -> None:
         postgres = EmbeddedPostgres()
     except ConfigurationError as error:  # the extra `embedded` is missing, which no setting can mend
         _fail(str(error), FAILED)
-    raise typer.Exit(0 if play(postgres) else FAILED)
+    try:
+        kept = play(postgres)
+    except subprocess.CalledProcessError as error:  # initdb or pg_ctl, which have said why
+        _fail(f"The embedded PostgreSQL does not run. {error} {(error.stderr or b'').decode(errors='replace')}", FAILED)
+    raise typer.Exit(0 if kept else FAILED)
 
 
 @contextmanager

@@ -41,8 +41,9 @@ class WorkerProcess:
     def begin(self, url: str) -> None:
         """Tell it the database, which it has been waiting for."""
         assert self.process.stdin is not None  # noqa: S101 - for the type checker: it is a pipe
-        self.process.stdin.write(f"{url}\n".encode())
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has died; its log says why, and it will be missed
+            self.process.stdin.write(f"{url}\n".encode())
+            self.process.stdin.flush()
 
     def kill(self) -> None:
         """Do `kill -9`: it can neither finish anything nor say goodbye."""
@@ -58,7 +59,7 @@ class WorkerProcess:
             self.kill()
         finally:
             with suppress(BrokenPipeError):
-                self.process.communicate()
+                self.process.communicate()  # closes the pipe
 
     def last_words(self) -> list[str]:
         """Return the end of its log."""

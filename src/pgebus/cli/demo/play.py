@@ -56,6 +56,7 @@ def play(postgres: EmbeddedPostgres) -> bool:
         raise
     if kept:
         screen.verdict(f"All promises kept, in {screen.seconds:.1f} s. The server and its data are gone.", good=True)
+        screen.say("The program that you have just seen is pgebus/cli/demo; begin with shop.py, then worker.py.")
     return kept
 
 
@@ -115,10 +116,13 @@ def _every_end_cleans_up() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    before = {number: signal.signal(number, interrupt) for number in numbers}
+    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    # What is ignored stays so: nohup means it.
+    changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)

@@ -35,7 +35,7 @@ class Screen:
 
     def title(self, text: str) -> None:
         """Write the headline of all."""
-        self._console.print(Text(text, style="bold"), soft_wrap=True)
+        self._console.print(Text(text + "\n", style="bold"), soft_wrap=True)
 
     def step(self, text: str) -> None:
         """Begin the next numbered step."""

@@ -62,6 +62,7 @@ async def commit_together(stage: Stage) -> int:
 async def roll_back(stage: Stage) -> None:
     """Publish in a transaction that is rolled back."""
     stage.screen.step("Rolled back: it never happened")
+    stage.screen.say("The same for order 2, but the card is refused: session.rollback() instead of commit().")
     async with stage.sessions.session() as session:
         order, event = await place_order(session, "a chair")
         order_id, event_id = order.id, event.id
@@ -92,6 +93,7 @@ async def deliver_later(stage: Stage, order_id: int) -> None:
 async def fail_twice(stage: Stage, order_id: int) -> None:
     """Publish an event whose handler fails twice."""
     stage.screen.step("A handler that fails is tried again")
+    stage.screen.say("It inserts a payment, then asks a bank that does not answer the first two times.")
     async with stage.sessions.session() as session:
         event = await publish_event(session, "order.paid", {"order_id": order_id}, CHANNEL)
         await session.commit()
@@ -103,14 +105,15 @@ async def fail_twice(stage: Stage, order_id: int) -> None:
     payments = await stage.count(Payment, Payment.order_id == order_id)
     require(payments == 1, "Three attempts were to leave one payment")
     stage.screen.say(
-        f"Each attempt inserted a payment; those of the failed ones are gone, and the table holds {payments}. The "
-        "pauses grow from attempt to attempt and are random: what failed together does not come back together."
+        f"Three attempts have inserted a payment, and the table holds {payments}. The pauses between them grow and are "
+        "random: what has failed together does not come back together."
     )
 
 
 async def end_dead(stage: Stage, order_id: int) -> None:
     """Publish an event that can never be handled."""
     stage.screen.step("What can't be handled is kept, not lost")
+    stage.screen.say("A customer has moved to a postcode that does not exist. No retry can mend that.")
     async with stage.sessions.session() as session:
         payload = {"order_id": order_id, "postcode": "0000X"}
         event = await publish_event(session, "order.address_changed", payload, CHANNEL)
@@ -120,14 +123,15 @@ async def end_dead(stage: Stage, order_id: int) -> None:
     error = delivery.errors[-1]
     stage.screen.fact(f"Dead after attempt {delivery.attempt}: {error['type']}: {error['message']}")
     stage.screen.say(
-        "It blocks nothing and runs no more. The event stays in the table, with handler, error and traceback of each "
-        "attempt, for somebody to look at."
+        "It is kept: the event, and for each attempt the handler, the error and the traceback. Meanwhile it blocks "
+        "nothing. (Three attempts are this demo's setting; ten are the default.)"
     )
 
 
 async def kill_a_worker(stage: Stage, order_id: int) -> None:
     """Kill the process that handles an event, and let the other one finish it."""
     stage.screen.step("kill -9 in the middle of a handler")
+    stage.screen.say("This one inserts a shipment, and then is slow. One of the two workers runs it:")
     async with stage.sessions.session() as session:
         event = await publish_event(session, "order.packed", {"order_id": order_id}, CHANNEL)
         await session.commit()
@@ -138,7 +142,7 @@ async def kill_a_worker(stage: Stage, order_id: int) -> None:
     victim.kill()
     killed = monotonic()
     stage.screen.fact(f"kill -9 {victim.pid}. Its transaction is gone with it; the event is not.")
-    stage.screen.say("The other worker sees that a lock is missing, waits 2 s in case it comes back, and takes over.")
+    stage.screen.say("The other worker misses a lock that only a living process holds, waits 2 s, and takes over.")
 
     delivery = await stage.delivered(event)
     seconds = monotonic() - killed

