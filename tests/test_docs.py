@@ -9,12 +9,14 @@ import os
 import re
 import signal
 import sys
+import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import count
 from pathlib import Path
+from shlex import quote
 from textwrap import dedent, indent
 from typing import Any
 
@@ -33,7 +35,9 @@ from pgebus import (
     EventSystemSettings,
     Settings,
 )
+from pgebus.models import SCHEMA_VERSION
 from pgebus.session import FORBIDDEN
+from tests.conftest import Server
 from tests.system.bus import Sql
 from tests.system.waiting import until
 
@@ -224,6 +228,50 @@ async def test_the_worker_program_stops_when_it_is_told(database: DatabaseSettin
         process.terminate()
         assert await output(process) == []
     assert await sql.fetchval("SELECT count(*) FROM pgebus.workers WHERE ended_at IS NULL") == 0
+
+
+async def test_the_tables_are_made_as_printed(empty_database: DatabaseSettings, server: Server, tmp_path: Path) -> None:
+    (block,) = [each for each in blocks(ENGLISH) if "pgebus migrate" in each.code]
+    address = Address.of(empty_database)
+    code = replaced(
+        block.code,
+        {
+            "HOST=localhost": f"HOST={quote(address.host)} PGEBUS_DATABASE__PORT={address.port}",
+            "DATABASE=app": f"DATABASE={quote(address.database)}",
+            "USER=app": f"USER={quote(address.user)}",
+            "PASSWORD=secret": f"PASSWORD={quote(address.password)}",
+        },
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("PGEBUS_")}
+    process = await asyncio.create_subprocess_shell(
+        code,
+        cwd=tmp_path,
+        env={**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(60):
+        _, stderr = await process.communicate()
+    assert (process.returncode, stderr.decode()) == (0, "")
+    connection = await server.connect(address.database)
+    assert await connection.fetchval("SELECT pgebus.schema_version()") == SCHEMA_VERSION
+    await connection.close()
+
+
+@pytest.mark.parametrize("block", [b for b in blocks(*TRANSLATED) if b.language == "toml"], ids=lambda block: block.id)
+def test_a_configuration_file_is_taken(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.upper().startswith("PGEBUS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "pgebus.toml"
+    file.write_text(block.code, encoding="utf-8")
+    monkeypatch.setenv("PGEBUS_CONFIG_FILE", str(file))
+    read = tomllib.loads(block.code)
+    assert read
+    settings = Settings()
+    for section, values in read.items():
+        for name, value in values.items():
+            assert getattr(getattr(settings, section), name) == value
 
 
 # --- fragments

@@ -27,13 +27,14 @@ from pgebus.errors import (
     TransactionEndedError,
     UnsafeSessionWarning,
 )
+from pgebus.health import LoopHealth, SystemHealth, SystemState
 from pgebus.models import Event, metadata
 from pgebus.publishing import publish_event, publish_events
 from pgebus.retry import Reject, Retry, RetryPolicy, Snooze
 from pgebus.routing import EventRouter
 from pgebus.session import GuardedSession
 from pgebus.settings import DatabaseSettings, EventSystemSettings, Settings
-from pgebus.system import EventSystem, SystemHealth, SystemState
+from pgebus.system import EventSystem
 
 __all__ = [
     "ConfigurationError",
@@ -53,6 +54,7 @@ __all__ = [
     "InvalidRunAtError",
     "InvalidSchemaError",
     "LeaseLostError",
+    "LoopHealth",
     "PayloadTooLargeError",
     "PgebusError",
     "PublishError",

@@ -245,7 +245,7 @@ class EventSystemSettings(_Section):
     poll_interval_seconds: Seconds = Field(default=5.0, ge=0.01, le=3600)
     """Seconds after which a worker that was not woken looks by itself."""
     shutdown_timeout_seconds: Seconds = Field(default=30.0, ge=0, le=_DAY)
-    """Seconds that `stop()` waits for what runs before it cancels."""
+    """Seconds that the end of `async with` waits for what runs before it cancels; `stop()` has its own argument."""
     retention_seconds: Annotated[Seconds | None, BeforeValidator(_none_as_text)] = Field(
         default=7 * _DAY, ge=0, le=_TEN_YEARS
     )

@@ -9,9 +9,8 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import timedelta
-from enum import Enum
 from random import SystemRandom
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
@@ -30,11 +29,12 @@ from pgebus._runtime.maintenance import Maintenance
 from pgebus._runtime.presence import Presence
 from pgebus._runtime.statements import Statements
 from pgebus._runtime.store import Line, Store
-from pgebus._runtime.supervision import DATABASE_ERRORS, Crew, LoopHealth, Loops, cancel, keep_running, spawn
+from pgebus._runtime.supervision import DATABASE_ERRORS, Crew, Loops, cancel, keep_running, spawn
 from pgebus._runtime.waking import DatabaseClock, Wakeup
 from pgebus._version import __version__
 from pgebus.database import make_engine
 from pgebus.errors import SchemaMismatchError, StateError
+from pgebus.health import LoopHealth, SystemHealth, SystemState
 from pgebus.models import SCHEMA_VERSION
 from pgebus.retry import RetryPolicy
 from pgebus.routing import EventRouter
@@ -47,40 +47,6 @@ DEFAULT_GROUP: Final = "default"
 # After the handlers were cancelled: how long they may take to clean up, and how long the last writes may take.
 _CANCELLED_SECONDS: Final = 5.0
 _LAST_WRITES_SECONDS: Final = 10.0
-
-
-class SystemState(Enum):
-    """Where a system is in its one life."""
-
-    NEW = "new"
-    STARTING = "starting"
-    RUNNING = "running"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
-
-
-@dataclass(frozen=True, slots=True)
-class SystemHealth:
-    """How a system is doing.
-
-    Attributes:
-        state: Where it is in its life.
-        present: Whether PostgreSQL sees it alive; while it does not, nothing is claimed.
-        loops: One entry for each loop.
-        running: Deliveries whose handlers run now.
-        held: Deliveries that are claimed and not finished, the running ones included.
-    """
-
-    state: SystemState
-    present: bool
-    loops: tuple[LoopHealth, ...]
-    running: int
-    held: int
-
-    @property
-    def ok(self) -> bool:
-        """Whether events are being handled."""
-        return self.state is SystemState.RUNNING and self.present and all(loop.ok for loop in self.loops)
 
 
 class EventSystem:
@@ -268,6 +234,7 @@ class EventSystem:
             grace=options.recovery_grace_seconds,
             retention=options.retention_seconds,
             look=self._wakeup.look,
+            learned=claimer.learn,
             health=self._loops["maintain"],
         )
         # Before anything is claimed: from now on the trigger knows who wants what.

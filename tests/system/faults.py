@@ -29,13 +29,12 @@ async def worker(router: EventRouter, database: DatabaseSettings, **event_system
         async with system:
             yield system
     finally:
-        # Handlers are cancelled in a stop, tasks of other workers go on.
-        left = tasks_of_ours() - others - {asyncio.current_task()}
+        left = tasks_of_ours() - others
         await no_backend_of(database, name)
     assert not {task.get_name() for task in left if not task.done()}
 
 
-def tasks_of_ours() -> set[asyncio.Task[Any] | None]:
+def tasks_of_ours() -> set[asyncio.Task[Any]]:
     """Return the tasks of all systems in this process."""
     return {task for task in asyncio.all_tasks() if task.get_name().startswith("pgebus-")}
 
@@ -76,7 +75,7 @@ async def backends(sql: Sql, application_name: str) -> list[int]:
 
 def name_of(system: EventSystem) -> str:
     """Return the application name under which a worker's connections are known."""
-    return system._settings.database.application_name  # noqa: SLF001 - a test looks where a user need not
+    return system._settings.database.application_name
 
 
 async def healthy(system: EventSystem, within: float = 15.0) -> float:

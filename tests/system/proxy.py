@@ -76,8 +76,9 @@ class Proxy:
 
         Args:
             needle: Part of the statement.
-            how: Reset before the server gets the statement, or after it has executed it, its answer lost; or frozen
-                before the server gets it.
+            how: Reset before the server gets the statement; or after it has executed it, the answer lost, which must
+                hold a row (an answer without one is passed on, and the next one awaited); or frozen before the
+                server gets it.
 
         Returns:
             Set when it has happened.
@@ -106,6 +107,10 @@ class Proxy:
             return None
         cut, self._cut = self._cut, None
         return cut
+
+    def give_back(self, cut: _Cut) -> None:
+        """Wait for another statement to cut at."""
+        self._cut = cut
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.get_running_loop().create_task(self._serve((reader, writer)), name="proxy")
@@ -143,6 +148,7 @@ class _Link:
         self._client, self._server = client, server
         self._statements: dict[bytes, bytes] = {}
         self._lost_answer: _Cut | None = None
+        self._kept: list[tuple[bytes, bytes]] = []
 
     async def run(self) -> None:
         up, down = (asyncio.ensure_future(way) for way in (self._upward(), self._downward()))
@@ -180,7 +186,7 @@ class _Link:
                         return
                     self.frozen = True
                     continue
-            writer.write(kind + struct.pack("!i", len(body) + 4) + body)
+            writer.write(_message(kind, body))
             await writer.drain()
 
     async def _downward(self) -> None:
@@ -188,13 +194,19 @@ class _Link:
         while True:
             kind, body = await read_message(reader)
             if self._lost_answer is not None:
-                if kind == b"Z":
+                self._kept += [(kind, body)]
+                if kind != b"Z":
+                    continue
+                if b"D" in {kind for kind, _ in self._kept}:
                     self.reset()
                     self._lost_answer.happened.set()
                     return
+                self._proxy.give_back(self._lost_answer)
+                kept, self._kept, self._lost_answer = self._kept, [], None
+                writer.write(b"".join(_message(kind, body) for kind, body in kept))
                 continue
             if not (self.frozen or kind in self._proxy.hidden):
-                writer.write(kind + struct.pack("!i", len(body) + 4) + body)
+                writer.write(_message(kind, body))
                 await writer.drain()
 
     def _executed(self, kind: bytes, body: bytes) -> bytes | None:
@@ -266,11 +278,12 @@ class TransactionPooler:
             if server is servers[0]:
                 client[1].write(greeting)
         while True:
-            kinds, request, idle = set(), b"", False
+            kinds = set[bytes]()
+            request, idle = b"", False
             while not kinds & {b"S", b"Q", b"H", b"X"}:
                 kind, body = await read_message(client[0])
                 kinds.add(kind)
-                request += kind + struct.pack("!i", len(body) + 4) + body
+                request += _message(kind, body)
             if b"X" in kinds:
                 return
             if b"H" in kinds:  # prepared, and executed in a later message
@@ -296,7 +309,7 @@ async def _until(server: Streams, last: bytes) -> bytes:
     while True:
         kind, body = await read_message(server[0])
         if kind != b"A":
-            answer += kind + struct.pack("!i", len(body) + 4) + body
+            answer += _message(kind, body)
         if kind in last:
             return answer
 
@@ -307,6 +320,10 @@ async def connect(upstream: URL) -> Streams:
         return await asyncio.open_connection(upstream.host, upstream.port or 5432)
     directory, port = upstream.query["host"], upstream.query.get("port", "5432")
     return await asyncio.open_unix_connection(f"{directory}/.s.PGSQL.{port}")
+
+
+def _message(kind: bytes, body: bytes) -> bytes:
+    return kind + struct.pack("!i", len(body) + 4) + body
 
 
 async def read_message(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:

@@ -180,6 +180,13 @@ async def test_migrate_leaves_the_tables_of_another_alembic_alone(database: Data
     assert_mistake(await migrate(here, url_of(database)), 1, "another Alembic environment")
 
 
+async def test_what_a_terminal_cannot_show_is_still_said(empty_database: DatabaseSettings, tmp_path: Path) -> None:
+    url = empty_database.sqlalchemy_url().set(database="\N{SNOWMAN}").render_as_string(hide_password=False)
+    variables = {"PGEBUS_DATABASE__URL": url, "PYTHONIOENCODING": "ascii"}
+    done = await asyncio.to_thread(run_process, tmp_path, *PGEBUS, "migrate", **variables)
+    assert_mistake(done, 1, r"\u2603", "does not exist")
+
+
 async def test_migrate_names_a_database_that_does_not_exist(empty_database: DatabaseSettings, here: Here) -> None:
     url = empty_database.sqlalchemy_url().set(database="no_such_database").render_as_string(hide_password=False)
     assert_mistake(await migrate(here, url), 1, "no_such_database", "does not exist", "PGEBUS_DATABASE__URL")
@@ -250,6 +257,7 @@ class Demo:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     def read_to(self, beginning: str) -> None:
@@ -295,11 +303,11 @@ def demos() -> Iterator[list[Demo]]:
 
 def test_the_demo_keeps_its_promises(tmp_path: Path, demos: list[Demo]) -> None:
     """Whatever the user's own settings are, and without anything left behind."""
-    demo = Demo(tmp_path, PGEBUS_DATABASE__HOST="nowhere.invalid", NO_COLOR="1")
+    demo = Demo(tmp_path, PGEBUS_DATABASE__HOST="nowhere.invalid", NO_COLOR="1", PYTHONIOENCODING="ascii")
     demos.append(demo)
     status, out, err = demo.finish()
     assert (status, err) == (0, ""), out
-    text = " ".join(out.split())
+    text = " ".join(out.replace("|", " ").split())  # in ASCII the table is drawn with bars
     for sentence in (
         r"Worker \d+ had written the invoice \d+ ms after the commit",
         r"Rows of order 2: 0\. Rows of its event: 0\.",
@@ -324,12 +332,23 @@ def test_a_demo_that_is_interrupted_leaves_nothing_behind(
     demo = Demo(tmp_path)
     demos.append(demo)
     demo.read_to(at)
-    demo.process.send_signal(number)
+    os.killpg(demo.process.pid, number)  # as a terminal does
     status, out, err = demo.finish()
     assert (status, err) == (130, "")
     assert "Interrupted." in out
     assert demo.left() == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demos_table_loses_nothing_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    words = ["abcdefghijklm", "nopqrstuvwxyz", "ABCDEFGHIJKLM", "NOPQRSTUVWXYZ"]
+    Screen().table(words, [words])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 40
+    assert sorted(c for c in out if c.isalpha()) == sorted("".join(words + words))
 
 
 def test_a_demo_whose_reader_leaves_ends_quietly(tmp_path: Path, demos: list[Demo]) -> None:

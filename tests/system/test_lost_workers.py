@@ -44,11 +44,14 @@ async def test_another_worker_has_what_a_killed_one_held_within_five_seconds_one
     assert sorted(await child.says("inside", times=5)) == events
     started: dict[int, float] = {}
 
+    def note_start(_: str, event_id: int) -> None:
+        started.setdefault(event_id, monotonic())
+
     async def witnessed() -> bool:
         return await worker_of(sql, child.pid) in patient_inquest.witnessed
 
     async with taking_notes(database) as notes:
-        stage = Stage(notes, say=lambda _, event_id: started.setdefault(event_id, monotonic()))
+        stage = Stage(notes, say=note_start)
         stage.gate.set()
         async with EventSystem(router_for(stage), Settings(database=database)):
             # A worker that was not seen alive has a longer grace while the server is young, as it is here.

@@ -82,7 +82,6 @@ async def reserve(ctx: EventContext, payload: dict[str, Any]) -> None:
     order = await ctx.session.get(Order, payload["order_id"])
     assert_type(order, Order | None)
     assert_type(await ctx.session.get_one(Order, 1), Order)
-    assert_type(await ctx.session.scalar(select(Order.total)), int | None)
     assert_type((await ctx.session.scalars(select(Order))).all(), Sequence[Order])
     await ctx.session.execute(text("SELECT 1"))
     ctx.session.add(Order(id=1, total=2))

@@ -26,7 +26,7 @@ from pgebus._runtime.outcome import (
     Unhandle,
 )
 from pgebus._runtime.store import Store, entry_of
-from pgebus._runtime.supervision import LoopHealth
+from pgebus.health import LoopHealth
 
 logger = logging.getLogger(__name__)
 

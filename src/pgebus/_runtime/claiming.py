@@ -19,8 +19,9 @@ from pgebus._runtime.leases import Holdings, Lease
 from pgebus._runtime.outcome import Lost, Outcome, Release
 from pgebus._runtime.presence import Presence
 from pgebus._runtime.store import Store
-from pgebus._runtime.supervision import Crew, LoopHealth
+from pgebus._runtime.supervision import Crew
 from pgebus._runtime.waking import DatabaseClock, Wakeup, next_look
+from pgebus.health import LoopHealth
 from pgebus.routing import EventRouter
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class Claimer:
         self._health = health
         self._rate = Rate()
         self._buffer: deque[Lease] = deque()
+        self._unbegun: set[Lease] = set()  # a task was made for it, and has not had its first step
         self._suspect: Lease | None = None
         self._alone = False
         self._closed = False
@@ -139,6 +141,11 @@ class Claimer:
         except TimeoutError:
             logger.warning("A claim was not answered in time; what it took is recovered by others.")
         self.give_back()
+
+    def learn(self) -> None:
+        """The router knows more types than before: look for what was put aside."""
+        self._adopt_at = monotonic()
+        self._wakeup.look()
 
     def give_back(self) -> None:
         """Release whatever was claimed and not started."""
@@ -230,6 +237,9 @@ class Claimer:
                 self._acknowledger.put(lease, Lost())
             return
         self._buffer.extend(leases)
+        if self._closed:
+            self.give_back()
+            return
         suspects = [lease for lease in self._buffer if lease.lost]
         if suspects or self._suspect is not None:
             # A worker died with these in hand. One of them may be what killed it, so each runs with nothing beside
@@ -253,10 +263,19 @@ class Claimer:
         return self._poll_interval
 
     def _start(self, lease: Lease) -> None:
-        self._crew.start(self._work(lease), f"pgebus-event-{lease.fence.event_id}-{lease.fence.group}")
+        self._unbegun.add(lease)
+        task = self._crew.start(self._work(lease), f"pgebus-event-{lease.fence.event_id}-{lease.fence.group}")
+        task.add_done_callback(lambda _: self._never_begun(lease))
+
+    def _never_begun(self, lease: Lease) -> None:
+        """Give *lease* back when its task was cancelled before its first step: then no `finally` of it has run."""
+        if lease in self._unbegun:
+            self._unbegun.discard(lease)
+            self._conclude(lease, self._interrupted(lease))
 
     async def _work(self, lease: Lease) -> None:
         """Run *lease*, then whatever waits, in one task: one for each would cost more than a fast handler."""
+        self._unbegun.discard(lease)
         task = asyncio.current_task()
         yielded = monotonic()
         await self._execute(lease)
@@ -273,14 +292,19 @@ class Claimer:
         try:
             outcome = await self._dispatcher.dispatch(lease)
         except asyncio.CancelledError:
-            # A stop, or the lease was given to others; either way the attempt was not the handlers' fault.
-            if lease.fence.worker_id != self._presence.worker_id:
-                outcome = Lost()
+            outcome = self._interrupted(lease)
         finally:
-            self._alone = False
             self._rate.finished()
-            self._acknowledger.put(lease, outcome)
-            self._wakeup.stir()
+            self._conclude(lease, outcome)
+
+    def _interrupted(self, lease: Lease) -> Outcome:
+        """A stop, or the lease was given to others; either way the attempt was not the handlers' fault."""
+        return Release() if lease.fence.worker_id == self._presence.worker_id else Lost()
+
+    def _conclude(self, lease: Lease, outcome: Outcome) -> None:
+        self._alone = False
+        self._acknowledger.put(lease, outcome)
+        self._wakeup.stir()
 
     def settled(self, due_in: float | None) -> None:
         """An outcome was written, and perhaps a delivery is due again in *due_in* seconds."""
@@ -324,5 +348,6 @@ class Claimer:
         strays = [fence for fence in await self._store.strays(worker_id) if fence not in self._holdings]
         if strays:
             released = await self._store.release(strays)
-            logger.warning("%d deliveries whose claim was not answered are pending again.", len(released))
+            if released:
+                logger.warning("%d deliveries whose claim was not answered are pending again.", len(released))
             self._wakeup.look()

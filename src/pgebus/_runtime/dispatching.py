@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from random import Random
@@ -39,7 +39,7 @@ from pgebus._runtime.statements import Statements
 from pgebus._runtime.store import driver_of
 from pgebus._runtime.supervision import DATABASE_ERRORS
 from pgebus.context import EventContext
-from pgebus.errors import TransactionEndedError
+from pgebus.errors import LeaseLostError, TransactionEndedError
 from pgebus.models import Event
 from pgebus.retry import RetryPolicy, Signal
 from pgebus.routing import EventRouter, Handler
@@ -51,6 +51,9 @@ logger = logging.getLogger(__name__)
 REPLAYS: Final = 5
 _REPLAY_PAUSE_SECONDS: Final = 0.005
 _CLEANUP_SECONDS: Final = 5.0
+# A half-open connection gives no error. The commit may have to wait: for deferred constraints, or for a standby.
+BEGIN_SECONDS: Final = 15.0
+COMMIT_SECONDS: Final = 60.0
 
 
 class _HandlerFailed(Exception):  # noqa: N818 - it carries an error, it is none
@@ -59,6 +62,14 @@ class _HandlerFailed(Exception):  # noqa: N818 - it carries an error, it is none
     def __init__(self, handler: Handler, error: BaseException) -> None:
         super().__init__(handler.name)
         self.handler = handler
+        self.error = error
+
+
+class _NotBegun(Exception):  # noqa: N818 - it carries an error, it is none
+    """The transaction could not even be opened: no handler has run, so none of them is to blame."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
         self.error = error
 
 
@@ -152,7 +163,9 @@ class Dispatcher:
                 await self._transaction(lease, decoded, handlers)
             except _HandlerFailed as failed:
                 error, name = failed.error, failed.handler.name
-            except DATABASE_ERRORS as raised:
+            except _NotBegun as failed:
+                return Reschedule(self._policy.first, counted=False, failure=describe(failed.error, None))
+            except Exception as raised:  # noqa: BLE001 - not even a bug of ours may run one delivery for ever, uncounted
                 error, name = raised, None
             else:
                 return Committed()
@@ -166,48 +179,48 @@ class Dispatcher:
         fence = lease.fence
         marker = f"{fence.event_id}:{fence.claim_seq}:{fence.worker_id}:{self._rng.getrandbits(32)}"
         begin = self._sql.begin(self._isolation_level, marker)
-        async with self._engine.connect() as connection:
-            raw = await driver_of(connection)
+        async with contextlib.AsyncExitStack() as stack:
             try:
-                await raw.execute(begin)
-                async with dispatch_session(connection, begin=begin) as session:
-                    headers = _correlation(lease, decoded)
-                    context = self._context(lease, decoded, GuardedSession(session, headers))
-                    for handler in handlers:
-                        await _call(handler, context, decoded)
-                        try:
-                            # After each, so that what fails here is the failure of the handler that caused it.
-                            await session.flush()
-                        except Exception as error:
-                            raise _HandlerFailed(handler, error) from error
-                # The fenced completion is the last thing that the transaction does. A COMMIT that PostgreSQL answered
-                # with ROLLBACK raises nothing; only its tag says so.
-                tag = await raw.execute(self._sql.end(*fence, marker))
-                if tag != "COMMIT":
-                    raise asyncpg.InFailedSQLTransactionError(f"COMMIT was answered with {tag}")
-            finally:
-                await _roll_back(connection, raw)
+                async with asyncio.timeout(BEGIN_SECONDS):
+                    connection = await stack.enter_async_context(self._engine.connect())
+                    raw = await driver_of(connection)
+                    stack.push_async_callback(_roll_back, connection, raw)
+                    with _answered(raw):
+                        await raw.execute(begin)
+            except DATABASE_ERRORS as error:
+                raise _NotBegun(error) from error
+            async with dispatch_session(connection, begin=begin) as session:
+                context = self._context(lease, decoded, GuardedSession(session, _correlation(lease, decoded)))
+                for handler in handlers:
+                    await _call(handler, context, decoded)
+                    try:
+                        # After each, so that what fails here is the failure of the handler that caused it.
+                        await session.flush()
+                    except Exception as error:
+                        raise _HandlerFailed(handler, error) from error
+            # The fenced completion is the last thing that the transaction does. A COMMIT that PostgreSQL answered with
+            # ROLLBACK raises nothing; only its tag says so.
+            with _answered(raw):
+                tag = await raw.execute(self._sql.end(*fence, marker), timeout=COMMIT_SECONDS)
+            if tag != "COMMIT":
+                raise asyncpg.InFailedSQLTransactionError(f"COMMIT was answered with {tag}")
 
     def _after(self, lease: Lease, error: BaseException, handler: str | None) -> Outcome:
         """Decide after a transaction that failed."""
-        state = faults.sqlstate(error)
-        if state == faults.LEASE_LOST:
-            logger.warning(
-                "Event %d for group %r: the lease was lost while its handlers ran; all they did was rolled back.",
-                lease.fence.event_id,
-                lease.fence.group,
-            )
+        extra = {"pgebus_event_id": lease.fence.event_id, "pgebus_group": lease.fence.group}
+        if isinstance(error, LeaseLostError):
+            logger.warning("%s What its handlers did was rolled back.", error, extra=extra)
             return Lost()
-        if state == faults.TRANSACTION_ENDED:
+        if isinstance(error, TransactionEndedError):
             logger.critical(
-                "Event %d for group %r: a handler ended the dispatcher's transaction behind the guard. What it "
-                "committed stands, the event was not completed. It is dead now and will not run again by itself.",
+                "Event %d is dead for group %r and will not run again by itself: %s",
                 lease.fence.event_id,
                 lease.fence.group,
+                error,
+                extra=extra,
             )
-            ended = TransactionEndedError("A handler ended the dispatcher's transaction behind the guard.")
-            return DeadLetter(describe(ended, None))
-        if handler is None and state == faults.IN_FAILED_TRANSACTION:
+            return DeadLetter(describe(error, None))
+        if handler is None and faults.sqlstate(error) == faults.IN_FAILED_TRANSACTION:
             text = "A handler caught a database error and went on; PostgreSQL had aborted the transaction by then."
             return self._failed(lease, error, None, (), Failure(None, "TransactionAborted", text))
         # A connection that was lost during COMMIT leaves it open whether the commit happened. The outcome that is
@@ -272,6 +285,16 @@ def _correlation(lease: Lease, decoded: _Decoded) -> dict[str, Any]:
     """Return the headers of whatever the handlers publish: which event caused it, and which one started it all."""
     event_id = str(lease.fence.event_id)
     return {"correlation_id": decoded.headers.get("correlation_id", event_id), "causation_id": event_id}
+
+
+@contextlib.contextmanager
+def _answered(raw: asyncpg.Connection[asyncpg.Record]) -> Iterator[None]:
+    """Break a connection that was not waited for to the end: nobody knows what the next statement would meet there."""
+    try:
+        yield
+    except (TimeoutError, asyncio.CancelledError):
+        raw.terminate()
+        raise
 
 
 async def _roll_back(connection: AsyncConnection, raw: asyncpg.Connection[asyncpg.Record]) -> None:

@@ -20,9 +20,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from pgebus._runtime.presence import Presence
 from pgebus._runtime.statements import Statements
 from pgebus._runtime.store import Line, driver_of
-from pgebus._runtime.supervision import DATABASE_ERRORS, LoopHealth
+from pgebus._runtime.supervision import DATABASE_ERRORS
 from pgebus._runtime.waking import Wakeup
 from pgebus.errors import SessionlessConnectionError
+from pgebus.health import LoopHealth
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,12 @@ ANSWER_SECONDS: Final = 5.0
 _KEEPALIVE: Final = (
     "SET tcp_keepalives_idle = 2; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3; "
     "SET tcp_user_timeout = 8000; SET statement_timeout = 0; SET lock_timeout = 0"
+)
+
+_NOT_OURS: Final = (
+    "The connection for LISTEN keeps no session, or leads to another database than the pool: a notification did not "
+    "arrive, or the worker's lock or the tables were not there. A transaction pooler such as PgBouncer does that. Set "
+    "`database.listen_url` to a direct connection to the same database."
 )
 
 
@@ -150,18 +157,25 @@ class Listener:
                 worker_id = None
         if worker_id is None:
             worker_id = self._presence.new_id()
-            await raw.execute(
-                self._sql.register,
-                worker_id,
-                self._channel,
-                self._groups,
-                socket.gethostname(),
-                os.getpid(),
-                self._version,
-            )
+            # The lock first: a row without a lock is that of a dead worker.
             if not await raw.fetchval(self._sql.lock, worker_id):
                 self._presence.depart()
                 raise ConnectionError("A new worker's lock is held by somebody else.")
+            try:
+                await raw.execute(
+                    self._sql.register,
+                    worker_id,
+                    self._channel,
+                    self._groups,
+                    socket.gethostname(),
+                    os.getpid(),
+                    self._version,
+                )
+            except asyncpg.UndefinedTableError as error:
+                if self._proved:
+                    raise
+                # The pool has just seen the tables: this is another database.
+                raise SessionlessConnectionError(_NOT_OURS) from error
         row = await raw.fetchrow(self._sql.backend)
         self._backend = (row["pid"], row["backend_start"]) if row is not None else None
 
@@ -192,10 +206,6 @@ class Listener:
         pid = await raw.fetchval("SELECT pg_backend_pid()")
         held = await self._other.value(self._sql.holds_lock, self._presence.worker_id, pid)
         if not (arrived.is_set() and held):
-            raise SessionlessConnectionError(
-                "The connection for LISTEN keeps no session, or leads to another database than the pool: a "
-                "notification did not arrive, or the worker's lock was not held. A transaction pooler such as "
-                "PgBouncer does that. Set `database.listen_url` to a direct connection to the same database."
-            )
+            raise SessionlessConnectionError(_NOT_OURS)
         await raw.remove_listener(probe, hear)
         self._proved = True

@@ -15,7 +15,7 @@ import asyncpg
 
 from pgebus._runtime.presence import Presence
 from pgebus._runtime.store import Store
-from pgebus._runtime.supervision import LoopHealth
+from pgebus.health import LoopHealth
 from pgebus.routing import EventRouter
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class Maintenance:
         grace: Seconds without a lock after which a worker is dead.
         retention: Seconds after which finished events are removed; None keeps them.
         look: Called when something may have become claimable.
+        learned: Called when handlers were registered since the last round.
         health: Told when a round worked.
     """
 
@@ -95,6 +96,7 @@ class Maintenance:
         grace: float,
         retention: float | None,
         look: Callable[[], None],
+        learned: Callable[[], None],
         health: LoopHealth,
     ) -> None:
         self._store = store
@@ -103,6 +105,7 @@ class Maintenance:
         self._coroner = Coroner(grace)
         self._retention = retention
         self._look = look
+        self._learned = learned
         self._health = health
         self._subscribed_version: int | None = None
         self._prune_at = monotonic() + PRUNE_SECONDS
@@ -128,6 +131,8 @@ class Maintenance:
         patterns = [(route.handler.group, route.pattern) for route in self._router.routes()]
         if patterns:
             await self._store.subscribe(patterns)
+        if self._subscribed_version is not None:
+            self._learned()
         self._subscribed_version = version
 
     async def _recover(self) -> None:

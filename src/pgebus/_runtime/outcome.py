@@ -137,5 +137,5 @@ def describe(error: BaseException, handler: str | None) -> Failure:
 def clean(text: str, limit: int, *, keep_end: bool = False) -> str:
     """Return *text* as PostgreSQL can store it, at most *limit* characters: no NUL, no lone surrogates."""
     if len(text) > limit:
-        text = "…" + text[1 - limit :] if keep_end else text[: limit - 1] + "…"
+        text = "…" + text[len(text) - limit + 1 :] if keep_end else text[: limit - 1] + "…"
     return text.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")

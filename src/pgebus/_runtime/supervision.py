@@ -18,6 +18,8 @@ import asyncpg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from pgebus.health import LoopHealth
+
 logger = logging.getLogger(__name__)
 
 # What a database, a network or an operator can do to us. All of it may be over in a moment.
@@ -35,27 +37,6 @@ DATABASE_ERRORS: Final = (
 # A loop that has run this long was well again; its next failure starts with a short pause.
 _WELL_AFTER_SECONDS: Final = 10.0
 _FAILURES_AT_START: Final = 3
-
-
-@dataclass(slots=True)
-class LoopHealth:
-    """How one loop is doing.
-
-    Attributes:
-        name: Which loop.
-        ok: False from a failure until the loop works again.
-        failures: How often it has failed since the start.
-        last_error: Type and message of the last failure.
-    """
-
-    name: str
-    ok: bool = True
-    failures: int = 0
-    last_error: str | None = None
-
-    def well(self) -> None:
-        """Say that the loop has just done its work."""
-        self.ok = True
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Annotated, Final, NoReturn
 
 import asyncpg
@@ -40,6 +41,9 @@ app = typer.Typer(
 
 def run() -> None:
     """Run the command that the arguments name; exits, and turns mistakes into messages."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # no message is lost to a locale that lacks a letter of it
     try:
         app(prog_name="pgebus")
     except ConfigurationError as error:

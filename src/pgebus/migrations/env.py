@@ -131,7 +131,7 @@ def migrate_offline() -> None:
 
 
 # From the command line only: a program that calls us keeps its own logging.
-if config.cmd_opts is not None and config.config_file_name is not None:
+if config.cmd_opts is not None and config.config_file_name is not None and config.file_config.has_section("loggers"):
     logging.config.fileConfig(config.config_file_name, disable_existing_loggers=False)
 
 config.attributes[place.SCHEMA_OPTION] = place.chosen_schema() or database_settings().schema_name

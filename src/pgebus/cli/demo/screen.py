@@ -59,7 +59,9 @@ class Screen:
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Write a table."""
-        table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, width=None)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in columns:
+            table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*row)
         self._console.print(table)

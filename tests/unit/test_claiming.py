@@ -1,0 +1,550 @@
+"""The claim loop over deliveries that lie in memory: what is under test is when it asks, not what PostgreSQL answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import asyncpg
+import pytest
+
+from pgebus._runtime.acknowledging import Acknowledger
+from pgebus._runtime.claiming import MAX_AHEAD, Claimer, Rate
+from pgebus._runtime.dispatching import Dispatcher
+from pgebus._runtime.leases import Fence, Holdings, Lease
+from pgebus._runtime.outcome import Complete, Outcome
+from pgebus._runtime.presence import Presence
+from pgebus._runtime.store import Store
+from pgebus._runtime.supervision import Crew
+from pgebus._runtime.waking import DatabaseClock, Wakeup
+from pgebus.health import LoopHealth
+from pgebus.routing import EventRouter
+
+
+class Shelf(Store):
+    """Deliveries in memory. Hands out what is pending, in order, and keeps a journal."""
+
+    def __init__(self, journal: list[str]) -> None:
+        self.journal = journal
+        self.pending: deque[tuple[int, int]] = deque()  # event id, lost
+        self.limits: list[int] = []
+        self.running: dict[int, Fence] = {}
+        self.lost: dict[int, int] = {}
+        self.answering = asyncio.Event()
+        self.answering.set()
+        self.writing = asyncio.Event()
+        self.writing.set()
+        self.idle = False
+        self.asked = 0
+        self._claim_seq = 0
+
+    def add(self, *event_ids: int, lost: int = 0) -> None:
+        self.pending.extend((event_id, lost) for event_id in event_ids)
+
+    async def claim(self, worker_id: int, groups: Sequence[str], limit: int) -> list[Lease]:
+        self.asked += 1
+        taken = [self.pending.popleft() for _ in range(min(limit, len(self.pending)))]
+        leases = []
+        for event_id, lost in taken:
+            self._claim_seq += 1
+            fence = Fence(event_id, groups[0], self._claim_seq, worker_id)
+            self.running[event_id], self.lost[event_id] = fence, lost
+            leases.append(
+                Lease(
+                    fence=fence,
+                    type="order.placed",
+                    keyed=False,
+                    attempt=1 + lost,
+                    lost=lost,
+                    handled=(),
+                    row=cast("asyncpg.Record", {}),
+                )
+            )
+        if taken:
+            self.limits.append(limit)
+        await self.answering.wait()
+        return leases
+
+    async def complete(self, leases: Iterable[Lease]) -> set[tuple[int, str]]:
+        await self.writing.wait()
+        return self._finish([lease.fence for lease in leases], "completed")
+
+    async def release(self, fences: Iterable[Fence]) -> set[tuple[int, str]]:
+        await self.writing.wait()
+        batch = [fence for fence in fences if self.running.get(fence.event_id) == fence]
+        released = self._finish(batch, "released")
+        self.pending.extend((fence.event_id, self.lost[fence.event_id]) for fence in batch)
+        return released
+
+    async def strays(self, worker_id: int) -> list[Fence]:
+        return [fence for fence in self.running.values() if fence.worker_id == worker_id]
+
+    async def unhandled_types(self, groups: Sequence[str]) -> list[tuple[str, str]]:
+        return []
+
+    async def next_due(self, groups: Sequence[str]) -> tuple[float, float | None]:
+        return 5_000.0, None
+
+    async def set_idle(self, worker_id: int, idle: bool) -> None:
+        self.idle = idle
+
+    def _finish(self, fences: list[Fence], what: str) -> set[tuple[int, str]]:
+        for fence in fences:
+            del self.running[fence.event_id]
+            self.journal.append(f"{what} {fence.event_id}")
+        return {fence[:2] for fence in fences}
+
+
+class Hands(Dispatcher):
+    """Handlers that begin and end in the journal; those in `held` wait to be let go."""
+
+    def __init__(self, journal: list[str]) -> None:
+        self.journal = journal
+        self.held: dict[int, asyncio.Event] = {}
+        self.busy: set[int] = set()
+        self.most = 0
+
+    def hold(self, *event_ids: int) -> None:
+        for event_id in event_ids:
+            self.held[event_id] = asyncio.Event()
+
+    async def dispatch(self, lease: Lease) -> Outcome:
+        event_id = lease.fence.event_id
+        self.journal.append(f"began {event_id}")
+        self.busy.add(event_id)
+        self.most = max(self.most, len(self.busy))
+        try:
+            if event_id in self.held:
+                await self.held[event_id].wait()
+        finally:
+            self.busy.discard(event_id)
+            self.journal.append(f"ended {event_id}")
+        return Complete()
+
+
+class Registry(Presence):
+    """Counts the rounds, each of which begins with the question whether the worker is present."""
+
+    rounds = 0
+
+    async def wait(self) -> int:
+        self.rounds += 1
+        return await super().wait()
+
+
+class Bench:
+    """A claimer with everything around it, for a worker that is present."""
+
+    def __init__(self, slots: int = 2) -> None:
+        self.journal: list[str] = []
+        self.store = Shelf(self.journal)
+        self.hands = Hands(self.journal)
+        self.holdings = Holdings()
+        self.crew = Crew()
+        self.clock = DatabaseClock()
+        self.wakeup = Wakeup(self.clock)
+        self.presence = Registry(self.departed)
+        self.acknowledger = Acknowledger(self.store, self.holdings, self.settled, LoopHealth("acknowledge"))
+        self.claimer = Claimer(
+            self.store,
+            EventRouter(),
+            self.hands,
+            self.acknowledger,
+            holdings=self.holdings,
+            presence=self.presence,
+            wakeup=self.wakeup,
+            clock=self.clock,
+            crew=self.crew,
+            groups=["default"],
+            slots=slots,
+            poll_interval=60.0,
+            health=LoopHealth("claim"),
+        )
+        self.presence.new_id()
+        self.presence.arrive()
+
+    def settled(self, due_in: float | None) -> None:
+        self.claimer.settled(due_in)
+
+    def departed(self, worker_id: int) -> None:
+        """What the system does when others have ended this worker."""
+        self.claimer.forget(worker_id)
+        self.crew.cancel()
+
+    async def done(self, count: int) -> None:
+        """Wait until *count* deliveries are completed."""
+        await until(lambda: sum(entry.startswith("completed") for entry in self.journal) == count)
+
+    @property
+    def began(self) -> list[int]:
+        return [int(entry.split()[1]) for entry in self.journal if entry.startswith("began")]
+
+    @asynccontextmanager
+    async def runs(self) -> AsyncIterator[None]:
+        tasks: list[asyncio.Task[Any]] = [
+            asyncio.create_task(self.claimer.run()),
+            asyncio.create_task(self.acknowledger.run()),
+        ]
+        try:
+            yield
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            self.crew.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.crew.wait(5.0)
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+async def until(check: Callable[[], object]) -> None:
+    """Give way until *check* is true."""
+    async with asyncio.timeout(5):
+        while not check():
+            await asyncio.sleep(0)
+
+
+async def come_to_rest() -> None:
+    """Give way so often that whatever could happen without a timer has happened."""
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
+# Rate
+
+
+def test_the_rate_is_that_of_the_last_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("pgebus._runtime.claiming.monotonic", lambda: now)
+    rate = Rate()
+    assert rate.per_second() == 0
+    for _ in range(3):
+        rate.finished()
+        now += 0.4
+    assert rate.per_second() == 2
+    now += 0.5
+    assert rate.per_second() == 1
+    now += 10.0
+    assert rate.per_second() == 0
+
+
+def test_the_rate_is_capped() -> None:
+    rate = Rate()
+    for _ in range(MAX_AHEAD + 200):
+        rate.finished()
+    assert rate.per_second() == MAX_AHEAD
+
+
+# Claims
+
+
+async def test_what_is_pending_runs_and_is_completed(bench: Bench) -> None:
+    bench.store.add(*range(1, 8))
+    async with bench.runs():
+        await bench.done(7)
+    assert sorted(bench.began) == list(range(1, 8))
+    assert len(bench.holdings) == 0
+    assert bench.hands.most <= 2
+
+
+async def test_a_worker_without_a_history_claims_no_more_than_its_slots(bench: Bench) -> None:
+    """Whatever it holds is charged an attempt when it dies."""
+    bench.store.add(*range(1, 10))
+    bench.hands.hold(*range(1, 10))
+    async with bench.runs():
+        await until(lambda: len(bench.hands.busy) == 2)
+        await come_to_rest()
+        assert bench.store.limits == [2]
+        assert len(bench.holdings) == 2
+
+
+async def test_slow_work_is_claimed_a_slot_at_a_time(bench: Bench) -> None:
+    bench.store.add(*range(1, 10))
+    bench.hands.hold(*range(1, 10))
+    async with bench.runs():
+        await until(lambda: len(bench.hands.busy) == 2)
+        bench.hands.held[1].set()
+        await until(lambda: len(bench.holdings) > 2 or len(bench.began) == 3)
+        await come_to_rest()
+        # One was finished in the last second, so one may wait beside the two that run.
+        assert len(bench.hands.busy) == 2
+        assert len(bench.holdings) <= 3
+
+
+async def test_fast_work_is_claimed_many_at_a_time() -> None:
+    bench = Bench(slots=4)
+    bench.store.add(*range(1, 1_001))
+    async with bench.runs():
+        await until(lambda: len(bench.began) == 1_000)
+    assert len(bench.store.limits) < 40
+    assert max(bench.store.limits) <= 4 + MAX_AHEAD
+    assert bench.hands.most <= 4
+
+
+async def test_a_worker_with_all_hands_full_asks_nothing(bench: Bench) -> None:
+    bench.store.add(1, 2)
+    bench.hands.hold(1, 2)
+    async with bench.runs():
+        await until(lambda: len(bench.hands.busy) == 2)
+        await come_to_rest()
+        asked = bench.store.asked
+        for _ in range(20):
+            bench.wakeup.look()
+            await come_to_rest()
+        assert bench.store.asked == asked
+        bench.store.add(3)
+        bench.hands.held[1].set()
+        await until(lambda: 3 in bench.began)  # the looks that were asked for are not forgotten
+
+
+async def test_an_idle_worker_sets_its_flag_and_looks_once_more(bench: Bench) -> None:
+    """Flag first, look second: in between a publisher may have committed that saw no flag."""
+    async with bench.runs():
+        await until(lambda: bench.store.idle)
+        asked = bench.store.asked
+        await until(lambda: bench.store.asked > asked)
+
+
+async def test_an_absent_worker_claims_nothing(bench: Bench) -> None:
+    bench.presence.leave()
+    bench.store.add(1)
+    async with bench.runs():
+        await come_to_rest()
+        assert bench.store.asked == 0
+        bench.presence.arrive()
+        await until(lambda: bench.began == [1])
+
+
+# Suspects
+
+
+async def test_a_suspect_runs_with_nothing_beside_it(bench: Bench) -> None:
+    """A worker died with it in hand: whatever ran beside it would be charged for it once more."""
+    bench.store.add(1)
+    bench.store.add(2, lost=1)
+    bench.store.add(3, 4)
+    bench.hands.hold(2)
+    async with bench.runs():
+        await until(lambda: 2 in bench.hands.busy)
+        for _ in range(5):
+            bench.wakeup.look()
+            await come_to_rest()
+        assert bench.hands.busy == {2}
+        assert [lease.fence.event_id for lease in bench.holdings] == [2]
+        assert list(bench.store.running) == [2]
+        bench.hands.held[2].set()
+        await bench.done(4)
+    assert sorted(bench.began) == [1, 2, 3, 4]
+    assert "released 1" in bench.journal
+
+
+async def test_a_suspect_waits_for_those_that_run_and_for_their_completion() -> None:
+    bench = Bench(slots=3)
+    bench.store.add(1)
+    bench.hands.hold(1, 2)
+    async with bench.runs():
+        await until(lambda: 1 in bench.hands.busy)
+        bench.store.add(2, lost=1)
+        bench.store.add(3)
+        bench.wakeup.look()
+        await until(lambda: "released 3" in bench.journal)
+        await come_to_rest()
+        assert bench.began == [1]
+
+        bench.store.writing.clear()
+        bench.hands.held[1].set()
+        await until(lambda: "ended 1" in bench.journal)
+        await come_to_rest()
+        assert bench.began == [1]  # not while the completion of 1 could still be lost
+
+        bench.store.writing.set()
+        await until(lambda: bench.hands.busy == {2})
+        await come_to_rest()
+        assert bench.began == [1, 2]
+        bench.hands.held[2].set()
+        await bench.done(3)
+    assert bench.began == [1, 2, 3]
+
+
+async def test_suspects_run_one_after_the_other() -> None:
+    bench = Bench(slots=5)
+    bench.store.add(1, 2, 3, lost=1)
+    async with bench.runs():
+        await bench.done(3)
+    assert sorted(bench.began) == [1, 2, 3]
+    assert bench.hands.most == 1
+    for entry, following in zip(bench.journal, bench.journal[1:], strict=False):
+        if entry.startswith("ended"):
+            assert following == entry.replace("ended", "completed")
+
+
+# The end of the worker's id
+
+
+async def test_a_claim_that_is_answered_after_its_id_has_ended_starts_nothing(bench: Bench) -> None:
+    bench.store.add(1, 2)
+    bench.store.answering.clear()
+    async with bench.runs():
+        await until(lambda: bench.store.running)
+        bench.presence.leave()
+        bench.presence.depart()
+        bench.presence.new_id()
+        bench.store.answering.set()
+        await come_to_rest()
+        assert bench.journal == []  # neither run nor given back: they are somebody else's
+        assert len(bench.holdings) == 0
+
+
+async def test_what_waits_is_forgotten_with_the_id(bench: Bench) -> None:
+    """Others own it; to give it back would take it away from them."""
+    bench.store.add(1)
+    bench.hands.hold(1)
+    async with bench.runs():
+        await until(lambda: bench.hands.busy == {1})
+        bench.store.add(2, lost=1)
+        bench.wakeup.look()
+        await until(lambda: len(bench.holdings) == 2)
+        bench.presence.leave()
+        bench.presence.depart()
+        await until(lambda: len(bench.holdings) == 0)
+        await come_to_rest()
+    assert bench.journal == ["began 1", "ended 1"]
+
+
+async def test_a_new_id_is_not_forgotten_with_the_old_one(bench: Bench) -> None:
+    bench.store.add(1)
+    bench.hands.hold(1)
+    async with bench.runs():
+        await until(lambda: bench.hands.busy == {1})
+        bench.claimer.forget(12345)
+        assert len(bench.holdings) == 1
+        bench.hands.held[1].set()
+        await until(lambda: "completed 1" in bench.journal)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+async def test_a_delivery_that_is_cancelled_before_its_first_step_is_not_held_for_ever(bench: Bench, lost: int) -> None:
+    """A task that is cancelled before it has begun runs none of its code, not even a `finally`."""
+    start = bench.crew.start
+
+    def start_and_cancel(coroutine: Any, name: str) -> asyncio.Task[None]:
+        task = start(coroutine, name)
+        task.cancel()
+        bench.crew.start = start  # type: ignore[method-assign]  # only the first one
+        return task
+
+    bench.crew.start = start_and_cancel  # type: ignore[method-assign]  # the moment can't be met from outside
+    bench.store.add(1, lost=lost)
+    async with bench.runs():
+        await bench.done(1)
+    assert bench.journal == ["released 1", "began 1", "ended 1", "completed 1"]
+    assert len(bench.holdings) == 0
+
+
+# close()
+
+
+async def test_a_closed_claimer_claims_nothing_more_and_never_spins(bench: Bench) -> None:
+    async with bench.runs():
+        await until(lambda: bench.store.idle)
+        await bench.claimer.close(5.0)
+        bench.store.add(1)
+        bench.wakeup.look()
+        await come_to_rest()
+        rounds, asked = bench.presence.rounds, bench.store.asked
+        for _ in range(5):
+            bench.wakeup.look()
+            await come_to_rest()
+        assert bench.presence.rounds == rounds
+        assert bench.store.asked == asked
+        assert bench.began == []
+
+
+async def test_closing_gives_back_what_waits_and_leaves_what_runs() -> None:
+    bench = Bench(slots=1)
+    bench.store.add(1, 2, 3)
+    bench.hands.hold(2)
+    async with bench.runs():
+        await until(lambda: bench.hands.busy == {2} and len(bench.holdings) == 2)
+        await bench.claimer.close(5.0)
+        await until(lambda: "released 3" in bench.journal)
+        assert bench.hands.busy == {2}
+        bench.hands.held[2].set()
+        await until(lambda: "completed 2" in bench.journal)
+        await come_to_rest()
+    assert bench.began == [1, 2]
+
+
+async def test_closing_gives_a_waiting_suspect_back(bench: Bench) -> None:
+    bench.store.add(1)
+    bench.hands.hold(1)
+    async with bench.runs():
+        await until(lambda: bench.hands.busy == {1})
+        bench.store.add(2, lost=1)
+        bench.wakeup.look()
+        await until(lambda: len(bench.holdings) == 2)
+        await bench.claimer.close(5.0)
+        await until(lambda: "released 2" in bench.journal)
+
+
+async def test_a_claim_in_progress_is_given_back_when_its_answer_comes(bench: Bench) -> None:
+    bench.store.add(1, 2)
+    bench.store.add(3, lost=1)
+    bench.store.answering.clear()
+    async with bench.runs():
+        await until(lambda: bench.store.running)
+        closing = asyncio.create_task(bench.claimer.close(5.0))
+        await come_to_rest()
+        assert not closing.done()
+        bench.store.answering.set()
+        await closing
+        await until(lambda: not bench.store.running)
+        await come_to_rest()
+    assert bench.began == []
+    assert len(bench.holdings) == 0
+
+
+async def test_closing_does_not_wait_for_ever_for_an_answer(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.store.add(1, 2)
+    bench.store.answering.clear()
+    async with bench.runs():
+        await until(lambda: bench.store.running)
+        await bench.claimer.close(0.01)
+        assert "not answered in time" in caplog.text
+        bench.store.answering.set()  # later than anybody waits
+        await until(lambda: not bench.store.running)
+    assert bench.began == []
+
+
+# Leases that nobody here knows of
+
+
+async def test_a_claim_whose_answer_was_lost_is_given_back_and_runs(bench: Bench) -> None:
+    bench.store.add(1)
+    worker_id = bench.presence.worker_id
+    assert worker_id is not None
+    await bench.store.claim(worker_id, ["default"], 5)  # nobody took the answer
+    async with bench.runs():
+        await until(lambda: "completed 1" in bench.journal)
+    assert bench.journal == ["released 1", "began 1", "ended 1", "completed 1"]
+
+
+async def test_what_runs_here_is_no_stray(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.store.add(1)
+    bench.hands.hold(1)
+    monkeypatch.setattr("pgebus._runtime.claiming.STRAYS_SECONDS", 0.0)
+    async with bench.runs():
+        await until(lambda: bench.hands.busy == {1})
+        for _ in range(5):
+            bench.wakeup.look()
+            await come_to_rest()
+        assert bench.journal == ["began 1"]

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgebus._runtime.statements import Statements
+from pgebus.names import quote_identifier
+
+PLAIN = Statements("pgebus")
+
+
+def texts(statements: Statements) -> dict[str, str]:
+    return {name: text for name, text in vars(statements).items() if name != "schema"}
+
+
+def flat(text: str) -> str:
+    """Return *text* with single spaces, so that a line break is no difference."""
+    return " ".join(text.split())
+
+
+every_statement = pytest.mark.parametrize("name", texts(PLAIN))
+
+# What finishes a running delivery, or gives it back, in the name of the worker that claimed it.
+ONE_AT_A_TIME = ("reschedule", "bury", "unhandle")
+IN_BATCHES = ("complete", "complete_keyed", "release")
+
+
+@every_statement
+def test_no_statement_has_a_percent_sign(name: str) -> None:
+    """Text that goes through a driver with %-parameters one day would be cut at it."""
+    assert "%" not in texts(PLAIN)[name]
+
+
+@every_statement
+def test_parameters_are_numbered_without_a_gap(name: str) -> None:
+    """PostgreSQL can't tell the type of a parameter that no statement mentions."""
+    numbers = {int(number) for number in re.findall(r"\$(\d+)", texts(PLAIN)[name])}
+    assert numbers == set(range(1, len(numbers) + 1))
+
+
+@every_statement
+def test_every_statement_is_one_statement(name: str) -> None:
+    assert ";" not in texts(PLAIN)[name]
+
+
+# The fence
+
+
+@pytest.mark.parametrize("name", ONE_AT_A_TIME)
+def test_a_write_on_one_delivery_carries_the_fence(name: str) -> None:
+    text = flat(texts(PLAIN)[name])
+    fence = (
+        "WHERE d.event_id = $1::bigint AND d.consumer_group = $2::text AND d.claim_seq = $3::integer "
+        "AND d.worker_id = $4::bigint AND d.status = 'running' RETURNING"
+    )
+    assert text.count(fence) == 1
+    assert text.count('UPDATE "pgebus".deliveries d ') == 1
+
+
+@pytest.mark.parametrize("name", IN_BATCHES)
+def test_a_write_on_many_deliveries_carries_the_fence_of_each(name: str) -> None:
+    text = flat(texts(PLAIN)[name])
+    assert "unnest($1::bigint[], $2::text[], $3::integer[]) u(event_id, consumer_group, claim_seq)" in text
+    fence = (
+        "WHERE d.event_id = u.event_id AND d.consumer_group = u.consumer_group AND d.claim_seq = u.claim_seq "
+        "AND d.worker_id = $4::bigint AND d.status = 'running'"
+    )
+    assert text.count(fence) == 1
+    # What is written is what was found under the fence, and locked.
+    assert text.count("FOR UPDATE) h") == 1
+    assert text.count('UPDATE "pgebus".deliveries d ') == 1
+    assert text.count("FROM held WHERE d.ctid = held.place") == 1
+
+
+@every_statement
+def test_nothing_else_writes_on_a_running_delivery(name: str) -> None:
+    """Whoever adds a write on deliveries has to say here what keeps it off those that others run."""
+    text = flat(texts(PLAIN)[name])
+    allowed = {
+        "claim": "d.status = 'pending'",
+        "adopt": "d.status = 'unhandled'",
+        "sweep": "n.status = 'blocked'",
+        "recover": "pg_try_advisory_xact_lock(w)",
+    }
+    if 'UPDATE "pgebus".deliveries' in text and name not in ONE_AT_A_TIME + IN_BATCHES:
+        assert allowed[name] in text
+
+
+@pytest.mark.parametrize("name", ["bury", "complete_keyed", "unhandle"])
+def test_whoever_leaves_the_head_of_a_key_lets_only_a_waiting_one_in(name: str) -> None:
+    assert "n.consumer_group = nx.consumer_group AND n.status = 'blocked'" in flat(texts(PLAIN)[name])
+
+
+def test_an_attempt_is_given_back_only_where_no_handler_failed() -> None:
+    assert {name for name, text in texts(PLAIN).items() if "attempt = d.attempt - 1" in text} == {"release", "unhandle"}
+    assert "attempt = d.attempt - $7::integer" in PLAIN.reschedule
+
+
+# Names
+
+
+ODD_SCHEMAS = ['Ev"ents', "events; DROP SCHEMA public", "o'brien", "a.b", "{s}", "$1", "e\\v", "ereignisse-ä", '"']
+
+
+@pytest.mark.parametrize("schema", ODD_SCHEMAS)
+def test_a_schema_is_quoted_wherever_it_stands(schema: str) -> None:
+    quoted = quote_identifier(schema)
+    expected = {name: text.replace('"pgebus".', f"{quoted}.") for name, text in texts(PLAIN).items()}
+    assert texts(Statements(schema)) == expected
+
+
+@every_statement
+def test_no_table_of_ours_is_found_by_the_search_path(name: str) -> None:
+    found = re.findall(
+        r'(?<!\.)(?<!")\b(?:FROM|JOIN|UPDATE|INTO)\s+(?:pgebus\.)?'
+        r"(events|deliveries|workers|subscriptions|consumer_groups)\b",
+        texts(PLAIN)[name],
+    )
+    assert found == []
+
+
+# The messages of the simple protocol, which knows no parameters
+
+
+def literal(text: str) -> str:
+    """Return what PostgreSQL reads in a string literal; fail when *text* is anything but one."""
+    escaped = text.startswith(" E'")
+    body = text[3:-1] if escaped else text[1:-1]
+    assert text.endswith("'")
+    assert escaped or text.startswith("'")
+    assert re.fullmatch(r"(?:[^'\\]|''|\\\\)*" if escaped else r"(?:[^'\\]|'')*", body)
+    return body.replace("''", "'").replace("\\\\", "\\") if escaped else body.replace("''", "'")
+
+
+storable = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00"))
+spiteful = st.text("'\\; \"E$a\n", max_size=12)
+
+
+@given(storable | spiteful)
+def test_begin_quotes_its_marker(marker: str) -> None:
+    message = Statements.begin("REPEATABLE READ", marker)
+    head = "BEGIN ISOLATION LEVEL REPEATABLE READ; SET LOCAL pgebus.tx = "
+    assert message.startswith(head)
+    assert literal(message.removeprefix(head)) == marker
+
+
+@given(st.sampled_from(["pgebus", *ODD_SCHEMAS]), storable | spiteful)
+def test_end_quotes_everything(schema: str, text: str) -> None:
+    statements = Statements(schema)
+    for group, marker in [(text, "m"), ("g", text)]:
+        message = statements.end(12, group, 3, 45, marker)
+        head, tail = f"SELECT {quote_identifier(schema)}.complete(12, ", "); COMMIT"
+        assert message.startswith(head)
+        assert message.endswith(tail)
+        inner = message.removeprefix(head).removesuffix(tail)
+        if group == text:
+            assert inner.endswith(", 3, 45, 'm'")
+            assert literal(inner.removesuffix(", 3, 45, 'm'")) == text
+        else:
+            assert inner.startswith("'g', 3, 45, ")
+            assert literal(inner.removeprefix("'g', 3, 45, ")) == text
+
+
+@pytest.mark.parametrize("place", [0, 2, 3])
+def test_end_takes_numbers_for_numbers(place: int) -> None:
+    arguments: list[object] = [12, "g", 3, 45, "m"]
+    arguments[place] = "1); DROP SCHEMA public"
+    with pytest.raises(ValueError, match="format code 'd'"):
+        PLAIN.end(*arguments)  # type: ignore[arg-type]  # that is what the test is about
