@@ -352,16 +352,20 @@ def _claim_as_designed(dbapi_connection: Any, _record: object) -> None:
     """Undo defaults of the role or the database under which a claim would not be what it has to be.
 
     At another isolation level a claim would fail on rows that others take at the same time. With an asynchronous
-    commit it could be undone by a crash after a handler has started, and handed out again under the same fence.
+    commit it could be undone by a crash after a handler has started, and handed out again under the same fence. And
+    these connections wait for work: they are not to be ended for it.
     """
-    for setting, wrong, right in (
-        ("default_transaction_isolation", ("repeatable read", "serializable"), "read committed"),
-        ("synchronous_commit", ("off",), "on"),
-        ("default_transaction_read_only", ("on",), "off"),
+    for setting, accepted, right in (
+        ("default_transaction_isolation", ("read committed", "read uncommitted"), "read committed"),
+        ("synchronous_commit", ("on", "local", "remote_write", "remote_apply"), "on"),
+        ("default_transaction_read_only", ("off",), "off"),
+        ("idle_session_timeout", ("0", None), "0"),  # None: before PostgreSQL 14 there is none
     ):
 
-        async def mend(driver: Any, setting: str = setting, wrong: tuple[str, ...] = wrong, right: str = right) -> None:
-            if await driver.fetchval("SELECT current_setting($1)", setting) in wrong:
+        async def mend(
+            driver: Any, setting: str = setting, accepted: tuple[str | None, ...] = accepted, right: str = right
+        ) -> None:
+            if await driver.fetchval("SELECT current_setting($1, true)", setting) not in accepted:
                 await driver.execute(f"SET {setting} = '{right}'")
 
         dbapi_connection.run_async(mend)

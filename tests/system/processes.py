@@ -5,6 +5,7 @@ A child dies with its test: by the fixture, or because its pipe closes when the 
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import signal
@@ -27,7 +28,7 @@ ParentPipe: TypeAlias = "Connection[str, tuple[str, int]]"
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["pgebus", "sqlalchemy.dialects.postgresql.asyncpg"])
 
-BIRTH_SECONDS = 30.0
+BIRTH_SECONDS = 20.0
 
 
 class Child:
@@ -45,6 +46,10 @@ class Child:
         self._process.start()
         its.close()
         self.heard: list[tuple[str, int]] = []
+        self._pipe_open = True
+        self._loop = asyncio.get_running_loop()
+        # All the time: a child whose words nobody takes would stand still when the pipe is full.
+        self._loop.add_reader(self._pipe.fileno(), self._listen)
 
     @property
     def pid(self) -> int:
@@ -67,15 +72,11 @@ class Child:
     async def says(self, word: str, times: int = 1, within: float = BIRTH_SECONDS) -> list[int]:
         """Wait until it has said *word* so many times; return the event ids that it said it of."""
 
-        async def listen() -> bool:
-            try:
-                while self._pipe.poll():
-                    self.heard.append(self._pipe.recv())
-            except (EOFError, OSError):
-                assert len(self.said(word)) >= times, f"died with {self.exit_code}; said {self.heard}"
+        async def heard() -> bool:
+            assert self._pipe_open or len(self.said(word)) >= times, f"died with {self.exit_code}; said {self.heard}"
             return len(self.said(word)) >= times
 
-        await until(listen, within)
+        await until(heard, within)
         return self.said(word)
 
     def said(self, word: str) -> list[int]:
@@ -102,7 +103,16 @@ class Child:
         self._process.kill()
         self._process.join()
         self._process.close()
+        self._loop.remove_reader(self._pipe.fileno())
         self._pipe.close()
+
+    def _listen(self) -> None:
+        try:
+            while self._pipe.poll():
+                self.heard.append(self._pipe.recv())
+        except (EOFError, OSError):
+            self._pipe_open = False
+            self._loop.remove_reader(self._pipe.fileno())
 
 
 @dataclass

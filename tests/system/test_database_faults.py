@@ -14,6 +14,7 @@ from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
+import pgebus.system
 from pgebus import (
     DatabaseSessionManager,
     DatabaseSettings,
@@ -450,6 +451,54 @@ async def test_defaults_of_the_database_do_not_change_what_a_claim_is(
     rows = await sql.fetch("SELECT DISTINCT * FROM claims")
     assert [tuple(row) for row in rows] == [("read committed", "on")]
     assert seen == {0: 1, 1: 1, 2: 1}
+
+
+async def test_connections_that_wait_are_not_ended_for_being_idle(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql
+) -> None:
+    """A time-out for idle sessions, set for the role or the database, would end those whose work is to wait."""
+    name = database.sqlalchemy_url().database
+    await sql.execute(f"ALTER DATABASE \"{name}\" SET idle_session_timeout = '200ms'")
+    router, seen = both_kinds()
+    async with worker(router, database, **DEAF) as system, connected(database) as impatient:
+
+        async def ended() -> bool:
+            return impatient.is_closed()
+
+        await until(ended)
+        await finished(sql, await publish(sm, "order.checked", {"number": 1}))
+        assert {loop.name: loop.failures for loop in system.health().loops if loop.failures} == {}
+    assert seen == {1: 1}
+
+
+async def test_a_system_stops_while_the_server_is_down(
+    durable: EmbeddedPostgres, perishable: DatabaseSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last writes are tried for a bounded time; what they were about is recovered by others."""
+    monkeypatch.setattr(pgebus.system, "_LAST_WRITES_SECONDS", 0.5)
+    router, entered = EventRouter(), asyncio.Event()
+
+    @router.on("order.placed", transactional=True)
+    async def wait_for_ever(ctx: EventContext, payload: dict[str, Any]) -> None:
+        await record(ctx, 1)
+        entered.set()
+        await asyncio.Event().wait()
+
+    system = EventSystem(router, settings(perishable, **DEAF))
+    await system.start()
+    async with DatabaseSessionManager(perishable) as sm:
+        await publish(sm, "order.placed")
+    await asyncio.wait_for(entered.wait(), 10)
+    await asyncio.to_thread(durable.shut_down, "immediate")
+    try:
+        await no_longer(system)
+        await asyncio.wait_for(system.stop(timeout=0.1), 15)
+        assert not tasks_of_ours()
+    finally:
+        await asyncio.to_thread(durable.start_again)
+    async with connected(perishable) as sql:
+        assert await effects(sql) == {}
+        assert await sql.fetchval("SELECT status FROM pgebus.deliveries") == "running"  # for its recoverer
 
 
 async def refused(database: DatabaseSettings) -> BaseException:

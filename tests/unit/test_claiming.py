@@ -1,4 +1,7 @@
-"""The claim loop over deliveries that lie in memory: what is under test is when it asks, not what PostgreSQL answers."""
+"""When the claim loop asks, and what it starts; the deliveries lie in memory.
+
+Not under test is what PostgreSQL answers.
+"""
 
 from __future__ import annotations
 
@@ -209,7 +212,7 @@ def bench() -> Bench:
 async def until(check: Callable[[], object]) -> None:
     """Give way until *check* is true."""
     async with asyncio.timeout(5):
-        while not check():
+        while not check():  # noqa: ASYNC110 - what is waited for is a state, of many parts
             await asyncio.sleep(0)
 
 
@@ -217,6 +220,20 @@ async def come_to_rest() -> None:
     """Give way so often that whatever could happen without a timer has happened."""
     for _ in range(100):
         await asyncio.sleep(0)
+
+
+@pytest.fixture
+def standing_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is finished was finished in the last second, and no look comes by itself."""
+    monkeypatch.setattr("pgebus._runtime.claiming.monotonic", lambda: 1_000.0)
+
+
+async def run_ten(bench: Bench) -> None:
+    """Give *bench* a history: it finishes ten in a second."""
+    bench.store.add(*range(1, 11))
+    async with bench.runs():
+        await bench.done(10)
+        await until(lambda: len(bench.holdings) == 0)
 
 
 # Rate
@@ -306,6 +323,25 @@ async def test_a_worker_with_all_hands_full_asks_nothing(bench: Bench) -> None:
         await until(lambda: 3 in bench.began)  # the looks that were asked for are not forgotten
 
 
+async def test_while_more_than_half_is_left_nothing_is_asked_for(bench: Bench, standing_still: None) -> None:
+    """A fast worker claims many at a time, and not one for each slot that comes free; but no look is forgotten."""
+    await run_ten(bench)
+    bench.hands.hold(*range(11, 18))
+    async with bench.runs():
+        bench.store.add(*range(11, 18))
+        bench.wakeup.look()
+        await until(lambda: len(bench.holdings) == 7)  # of the 12 that it would hold: 2 slots, 10 in a second
+        await come_to_rest()
+        asked = bench.store.asked
+        bench.store.add(18)
+        bench.wakeup.look()
+        await come_to_rest()
+        assert bench.store.asked == asked
+        for held in bench.hands.held.values():
+            held.set()
+        await until(lambda: 18 in bench.began)
+
+
 async def test_an_idle_worker_sets_its_flag_and_looks_once_more(bench: Bench) -> None:
     """Flag first, look second: in between a publisher may have committed that saw no flag."""
     async with bench.runs():
@@ -338,7 +374,7 @@ async def test_a_suspect_runs_with_nothing_beside_it(bench: Bench) -> None:
         for _ in range(5):
             bench.wakeup.look()
             await come_to_rest()
-        assert bench.hands.busy == {2}
+        assert bench.began == [2]
         assert [lease.fence.event_id for lease in bench.holdings] == [2]
         assert list(bench.store.running) == [2]
         bench.hands.held[2].set()
@@ -363,6 +399,8 @@ async def test_a_suspect_waits_for_those_that_run_and_for_their_completion() -> 
         bench.store.writing.clear()
         bench.hands.held[1].set()
         await until(lambda: "ended 1" in bench.journal)
+        await come_to_rest()
+        bench.wakeup.stir()
         await come_to_rest()
         assert bench.began == [1]  # not while the completion of 1 could still be lost
 
@@ -450,7 +488,7 @@ async def test_a_delivery_that_is_cancelled_before_its_first_step_is_not_held_fo
     assert len(bench.holdings) == 0
 
 
-# close()
+# Closing
 
 
 async def test_a_closed_claimer_claims_nothing_more_and_never_spins(bench: Bench) -> None:
@@ -482,6 +520,32 @@ async def test_closing_gives_back_what_waits_and_leaves_what_runs() -> None:
         await until(lambda: "completed 2" in bench.journal)
         await come_to_rest()
     assert bench.began == [1, 2]
+
+
+async def test_nothing_is_started_while_closing_waits_for_an_answer(bench: Bench, standing_still: None) -> None:
+    await run_ten(bench)
+    bench.hands.hold(11, 12)
+    async with bench.runs():
+        bench.store.add(11, 12, 13)
+        bench.wakeup.look()
+        await until(lambda: len(bench.holdings) == 3)
+        await come_to_rest()
+        bench.store.answering.clear()
+        bench.store.add(14)
+        bench.wakeup.look()
+        await until(lambda: 14 in bench.store.running)
+        closing = asyncio.create_task(bench.claimer.close(5.0))
+        await come_to_rest()
+        bench.hands.held[11].set()
+        await until(lambda: "completed 11" in bench.journal)
+        await come_to_rest()
+        assert 13 not in bench.began
+        bench.store.answering.set()
+        await closing
+        await until(lambda: {"released 13", "released 14"} <= set(bench.journal))
+        bench.hands.held[12].set()
+        await until(lambda: len(bench.holdings) == 0)
+    assert bench.began[10:] == [11, 12]
 
 
 async def test_closing_gives_a_waiting_suspect_back(bench: Bench) -> None:

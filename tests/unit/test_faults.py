@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import asyncpg
 import pytest
@@ -14,9 +15,13 @@ STALE_PLAN = "cached statement plan is invalid due to a database schema or confi
 CHANGED_PLAN = "cached plan must not change result type"
 
 
+# Not typed in SQLAlchemy.
+dialect_error_of: Any = AsyncAdapt_asyncpg_dbapi.Error
+
+
 def wrapped(error: Exception, *, invalidated: bool = False) -> DBAPIError:
     """Return *error* as it comes out of SQLAlchemy: in an error of the dialect, and that in one of SQLAlchemy."""
-    dialect_error = AsyncAdapt_asyncpg_dbapi.Error(str(error))
+    dialect_error = dialect_error_of(str(error))
     dialect_error.sqlstate = getattr(error, "sqlstate", None)
     dialect_error.__cause__ = error
     outer = DBAPIError("SELECT 1", None, dialect_error, connection_invalidated=invalidated)
@@ -53,7 +58,7 @@ def test_the_state_is_found_where_it_is(error: BaseException | None, state: str 
 
 
 def test_the_state_is_found_below_a_dialect_that_did_not_copy_it() -> None:
-    inner = AsyncAdapt_asyncpg_dbapi.Error("x")
+    inner = dialect_error_of("x")
     outer = DBAPIError("SELECT 1", None, inner)
     outer.__cause__ = caused(inner, asyncpg.SerializationError("x"))
     assert sqlstate(outer) == "40001"
@@ -77,11 +82,11 @@ def test_causes_in_a_circle_end() -> None:
 
 
 def test_a_state_that_is_no_text_is_not_one_of_ours() -> None:
-    class Foreign(Exception):
+    class ForeignError(Exception):
         sqlstate = 40001
 
-    assert sqlstate(Foreign()) is None
-    assert sqlstate(caused(Foreign(), asyncpg.DeadlockDetectedError("x"))) == "40P01"
+    assert sqlstate(ForeignError()) is None
+    assert sqlstate(caused(ForeignError(), asyncpg.DeadlockDetectedError("x"))) == "40P01"
 
 
 # is_replayable

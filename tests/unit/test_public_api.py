@@ -31,6 +31,7 @@ NAMES = [
     "InvalidRunAtError",
     "InvalidSchemaError",
     "LeaseLostError",
+    "LoopHealth",
     "PayloadTooLargeError",
     "PgebusError",
     "PublishError",

@@ -135,7 +135,7 @@ def literal(text: str) -> str:
     return body.replace("''", "'").replace("\\\\", "\\") if escaped else body.replace("''", "'")
 
 
-storable = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00"))
+storable = st.text(st.characters(codec="utf-8", exclude_characters="\x00"))
 spiteful = st.text("'\\; \"E$a\n", max_size=12)
 
 

@@ -200,8 +200,20 @@ class Dispatcher:
                         raise _HandlerFailed(handler, error) from error
             # The fenced completion is the last thing that the transaction does. A COMMIT that PostgreSQL answered with
             # ROLLBACK raises nothing; only its tag says so.
-            with _answered(raw):
-                tag = await raw.execute(self._sql.end(*fence, marker), timeout=COMMIT_SECONDS)
+            try:
+                with _answered(raw):
+                    tag = await raw.execute(self._sql.end(*fence, marker), timeout=COMMIT_SECONDS)
+            except DATABASE_ERRORS as error:
+                state = faults.sqlstate(error)  # the driver has no classes for ours
+                if state == faults.LEASE_LOST:
+                    raise LeaseLostError(
+                        event_id=fence.event_id, group=fence.group, claim_seq=fence.claim_seq
+                    ) from error
+                if state == faults.TRANSACTION_ENDED:
+                    raise TransactionEndedError(
+                        "A handler ended the dispatcher's transaction behind the guard; what it committed stands."
+                    ) from error
+                raise
             if tag != "COMMIT":
                 raise asyncpg.InFailedSQLTransactionError(f"COMMIT was answered with {tag}")
 

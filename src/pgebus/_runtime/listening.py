@@ -34,7 +34,9 @@ ANSWER_SECONDS: Final = 5.0
 # So that the server, too, notices within seconds that we are gone, and lets go of the lock. A unix socket ignores them.
 _KEEPALIVE: Final = (
     "SET tcp_keepalives_idle = 2; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3; "
-    "SET tcp_user_timeout = 8000; SET statement_timeout = 0; SET lock_timeout = 0"
+    "SET tcp_user_timeout = 8000; SET statement_timeout = 0; SET lock_timeout = 0; "
+    # Before PostgreSQL 14 there is none.
+    "SELECT set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'idle_session_timeout'"
 )
 
 _NOT_OURS: Final = (

@@ -95,7 +95,8 @@ async def keep_running(
             delay = pause.next()
             health.ok = False
             health.failures += 1
-            health.last_error = f"{type(error).__name__}: {error}"
+            # The first line only: what PostgreSQL adds as DETAIL may quote a row.
+            health.last_error = f"{type(error).__name__}: {error}".partition("\n")[0]
             logger.warning(
                 "The %s loop failed on the database (%s); it starts again in %.2f s.",
                 health.name,
