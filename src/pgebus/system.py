@@ -164,7 +164,7 @@ class EventSystem:
         return SystemHealth(
             self._state,
             self._presence.here,
-            tuple(self._loops.values()),
+            tuple(replace(loop) for loop in self._loops.values()),
             len(self._crew),
             len(self._holdings),
         )

@@ -71,6 +71,12 @@ class Proxy:
         for link in self._links:
             link.frozen = True
 
+    def heal(self) -> None:
+        """Break nothing any more; connections that are there are reset, so that none stays frozen."""
+        self.refusing, self._cut = False, None
+        self.hidden.clear()
+        self.reset()
+
     def cut_at(self, needle: bytes, how: Literal["before", "after", "freeze"]) -> asyncio.Event:
         """Break the next connection that executes a statement whose text holds *needle*; the others stay.
 

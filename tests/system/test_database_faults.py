@@ -6,6 +6,8 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from random import Random
+from time import monotonic
 from typing import Any, Literal
 
 import asyncpg
@@ -24,7 +26,7 @@ from pgebus import (
     SchemaMismatchError,
     publish_event,
 )
-from pgebus._runtime import dispatching, faults
+from pgebus._runtime import dispatching, faults, listening
 from pgebus._runtime.store import Line
 from pgebus.embedded import EmbeddedPostgres
 from pgebus.migrations import upgrade
@@ -178,11 +180,11 @@ async def test_a_system_outlives_a_restart_of_the_server(
             await publisher.more()
             if outage == "down for a while":
                 await asyncio.to_thread(durable.shut_down, "immediate")
-                began = asyncio.get_running_loop().time()
+                began = monotonic()
                 await no_longer(system)
 
                 async def long_enough() -> bool:
-                    return asyncio.get_running_loop().time() - began > 3.0
+                    return monotonic() - began > 3.0
 
                 await until(long_enough)
                 assert not system.health().ok
@@ -499,6 +501,55 @@ async def test_a_system_stops_while_the_server_is_down(
     async with connected(perishable) as sql:
         assert await effects(sql) == {}
         assert await sql.fetchval("SELECT status FROM pgebus.deliveries") == "running"  # for its recoverer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+async def test_any_faults_in_any_order_lose_and_double_nothing(
+    database: DatabaseSettings, sql: Sql, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Ten seconds of lost, silent and refused connections for two workers, then both recover by themselves."""
+    assert Line.__init__.__kwdefaults__ is not None
+    monkeypatch.setitem(Line.__init__.__kwdefaults__, "within", 0.5)
+    for module, name in (
+        (dispatching, "BEGIN_SECONDS"),
+        (dispatching, "COMMIT_SECONDS"),
+        (listening, "BEAT_SECONDS"),
+        (listening, "ANSWER_SECONDS"),
+    ):
+        monkeypatch.setattr(module, name, 0.5)
+    await sql.execute(EFFECTS)
+    router, seen = both_kinds()
+    publisher, random = Publisher(database), Random(seed)
+    many: dict[str, Any] = {"max_attempts": 1000, "n_workers": 20, **DEAF}
+    async with worker(router, through(proxy), **many) as first, worker(router, database, **many) as second:
+        async with publisher.publishing():
+            end = monotonic() + 10.0
+            while monotonic() < end:
+                await publisher.more(random.randint(1, 20))
+                match random.choice(["reset", "freeze", "pg_terminate_backend", "pg_cancel_backend", "refuse", "cut"]):
+                    case "reset":
+                        proxy.reset()
+                    case "freeze":
+                        proxy.freeze()
+                    case "refuse":
+                        proxy.refusing = True
+                        proxy.reset()
+                        await publisher.more(random.randint(1, 50))
+                        proxy.refusing = False
+                    case "cut":
+                        needles = [b"SKIP LOCKED", b".complete(", b"'completed'", b"BEGIN", b"advisory", b"SET idle"]
+                        hows: list[Literal["before", "after", "freeze"]] = ["before", "after", "freeze"]
+                        proxy.cut_at(random.choice(needles), random.choice(hows))
+                    case function:
+                        for pid in await backends(sql, name_of(random.choice([first, second]))):
+                            if random.random() < 0.5:
+                                await sql.execute(f"SELECT {function}($1)", pid)
+        proxy.heal()
+        await healthy(first)
+        await healthy(second)
+        await all_finished(database)
+    await nothing_lost_nothing_doubled(database, publisher, seen)
 
 
 async def refused(database: DatabaseSettings) -> BaseException:
