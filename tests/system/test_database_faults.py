@@ -460,14 +460,16 @@ async def test_connections_that_wait_are_not_ended_for_being_idle(
 ) -> None:
     """A time-out for idle sessions, set for the role or the database, would end those whose work is to wait."""
     name = database.sqlalchemy_url().database
-    await sql.execute(f"ALTER DATABASE \"{name}\" SET idle_session_timeout = '200ms'")
+    await sql.execute(f"ALTER DATABASE \"{name}\" SET idle_session_timeout = '100ms'")
     router, seen = both_kinds()
-    async with worker(router, database, **DEAF) as system, connected(database) as impatient:
+    async with worker(router, database, **DEAF) as system:
+        for _ in range(5):  # each of them is ended before the next one is made
+            async with connected(database) as impatient:
 
-        async def ended() -> bool:
-            return impatient.is_closed()
+                async def ended(connection: Sql = impatient) -> bool:
+                    return connection.is_closed()
 
-        await until(ended)
+                await until(ended)
         await finished(sql, await publish(sm, "order.checked", {"number": 1}))
         assert {loop.name: loop.failures for loop in system.health().loops if loop.failures} == {}
     assert seen == {1: 1}
