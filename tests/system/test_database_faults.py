@@ -194,7 +194,7 @@ async def test_a_system_outlives_a_restart_of_the_server(
             await publisher.more()
         await healthy(system)
         await all_finished(perishable)
-        assert all(loop.ok for loop in system.health().loops)
+        await healthy(system)  # a loop that slept through the restart learns of it later than the others
         assert next(loop.failures for loop in system.health().loops if loop.name == "listen") >= 1
         async with connected(perishable) as sql:  # the same worker, which recovered nothing of its own
             assert await sql.fetchval("SELECT count(*) FROM pgebus.workers") == 1
