@@ -44,7 +44,9 @@ from tests.system.waiting import until
 ROOT = Path(__file__).parent.parent
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 REFERENCE, GUARANTEES = ROOT / "docs" / "reference.md", ROOT / "docs" / "guarantees.md"
-PAGES = sorted([ENGLISH, CHINESE, ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+# The guide to subclassing is executed elsewhere, in an interpreter of its own: a subclass of Event is for good.
+GUIDES = [page for page in (ROOT / "docs").rglob("*.md") if page.name != "subclassing.md"]
+PAGES = sorted([ENGLISH, CHINESE, ROOT / "CHANGELOG.md", *GUIDES])
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)

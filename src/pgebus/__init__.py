@@ -32,6 +32,7 @@ from pgebus.models import Event, metadata
 from pgebus.publishing import publish_event, publish_events
 from pgebus.retry import Reject, Retry, RetryPolicy, Snooze
 from pgebus.routing import EventRouter
+from pgebus.schemas import metadata_for
 from pgebus.session import GuardedSession
 from pgebus.settings import DatabaseSettings, EventSystemSettings, Settings
 from pgebus.system import EventSystem
@@ -75,6 +76,7 @@ __all__ = [
     "UnsafeSessionWarning",
     "__version__",
     "metadata",
+    "metadata_for",
     "publish_event",
     "publish_events",
 ]

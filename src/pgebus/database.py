@@ -5,6 +5,8 @@ Makes no tables and starts no transaction by itself; committing is the caller's 
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +22,10 @@ from pgebus.settings import DatabaseSettings
 
 __all__ = ["DatabaseSessionManager", "make_engine"]
 
+logger = logging.getLogger(__name__)
+
 _MODEL_SCHEMA = "pgebus"
+_CLOSE_SECONDS = 5.0
 
 
 def make_engine(settings: DatabaseSettings, *, url: URL | None = None, **engine_options: Any) -> AsyncEngine:
@@ -69,6 +74,19 @@ def make_engine(settings: DatabaseSettings, *, url: URL | None = None, **engine_
     return engine
 
 
+async def dispose(engine: AsyncEngine) -> None:
+    """Close the connections that lie in the pool of *engine*, within a few seconds.
+
+    A polite close waits for the server's answer, and a server that has frozen never gives one.
+    """
+    try:
+        async with asyncio.timeout(_CLOSE_SECONDS):
+            await engine.dispose()
+    except TimeoutError:
+        logger.warning("PostgreSQL did not answer when its connections were closed; they are given up.")
+        await engine.dispose(close=False)
+
+
 def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     server_settings = {**ours.get("server_settings", {}), **theirs.get("server_settings", {})}
     return {**ours, **theirs, "server_settings": server_settings}
@@ -96,6 +114,10 @@ class DatabaseSessionManager:
     """
 
     def __init__(self, settings: DatabaseSettings) -> None:
+        if not isinstance(settings, DatabaseSettings):
+            raise TypeError(
+                f"settings must be DatabaseSettings, not {type(settings).__name__}. Pass settings.database."
+            )
         self._settings = settings
         self._engine: AsyncEngine | None = None
         self._sessions: WeakSet[AsyncSession] = WeakSet()
@@ -143,7 +165,7 @@ class DatabaseSessionManager:
         async with AsyncExitStack() as stack:  # goes on to the next one when one of them fails
             event.listen(self._engine.sync_engine, "do_connect", _refuse_to_connect)
             event.listen(self._engine.sync_engine, "reset", _throw_away)
-            stack.push_async_callback(self._engine.dispose)
+            stack.push_async_callback(dispose, self._engine)
             for session in list(self._sessions):
                 # Not close(): in a session that is in use it fails half-way, and its connection would be lost.
                 stack.push_async_callback(session.invalidate)

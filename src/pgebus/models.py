@@ -26,11 +26,13 @@ from sqlalchemy import (
     TwoPhaseTransaction,
     event,
     text,
+    type_coerce,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column, validates
 
 from pgebus.errors import InvalidEventTypeError, SessionStateError
+from pgebus.inheritance import ANY, EventClass, family, fill_type, type_of_entity
 from pgebus.names import check_channel, check_event_type
 from pgebus.payloads import check_headers, check_payload, check_run_at
 
@@ -76,11 +78,23 @@ def _index(name: str, *columns: str, where: str, unique: bool = False) -> Index:
     return Index(name, *columns, unique=unique, postgresql_where=text(where))
 
 
+# Named, because the discriminator is made of it.
+_EVENT_TYPE: Final = mapped_column(_NAME, default=type_of_entity)
+
+
 class Event(Base):
     """A fact that happened: one immutable row, published by the transaction that inserts it.
 
     `session.add(Event(type="order.placed", payload={"order": 7}))` publishes when the session commits, and
     only then. Whatever is left out is filled in by the database and known after the flush.
+
+    A subclass adds columns to the same table. With an event type it stands for the events of that type; without one
+    for all events whose type has no class of its own::
+
+        class OrderPlaced(Event, event_type="order.placed"):
+            order_id: Mapped[int | None]
+
+        session.add(OrderPlaced(order_id=7, payload={}))
 
     Attributes:
         id: Given by the database, rising; a gap is a rolled-back publisher.
@@ -96,7 +110,10 @@ class Event(Base):
         max_payload_bytes: The largest payload, in bytes of JSON. A subclass may set its own.
 
     Raises:
-        InvalidEventTypeError: When `type` is set, before anything is sent; so the next three.
+        ConfigurationError: When a subclass is defined whose event type has a class already, or that has none and is
+            the rival of another class without one; the class is not mapped then, and the table is as it was.
+        InvalidEventTypeError: When `type` is set, before anything is sent; so the next three. Also when it is not the
+            type that the class stands for.
         InvalidChannelError: When `channel` is set.
         InvalidPayloadError: When `payload` or `headers` is set.
         InvalidRunAtError: When `run_at` is set.
@@ -116,8 +133,8 @@ class Event(Base):
         CheckConstraint("isfinite(run_at)", name="run_at"),
         _index("uq_events_dedup_key", "channel", "dedup_key", where="dedup_key IS NOT NULL", unique=True),
     )
-    # Known after the flush, without another round trip: a lazy load is impossible in an AsyncSession.
-    __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012 - the base declares it as no ClassVar
+    # The event type that the class stands for; None for classes that stand for many.
+    __event_type__: ClassVar[str | None] = None
 
     max_payload_bytes: ClassVar[int] = 1_048_576
 
@@ -125,7 +142,7 @@ class Event(Base):
     run_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=_NOW)
     created_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=_NOW)
     priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
-    type: Mapped[str] = mapped_column(_NAME)
+    type: Mapped[str] = _EVENT_TYPE
     channel: Mapped[str] = mapped_column(_NAME, server_default=text("'events'"))
     key: Mapped[str | None] = mapped_column(_NAME)
     dedup_key: Mapped[str | None] = mapped_column(_NAME)
@@ -133,8 +150,28 @@ class Event(Base):
     headers: Mapped[dict[str, Any]] = mapped_column(JSONB(none_as_null=True), server_default=_EMPTY_OBJECT)
     payload: Mapped[dict[str, Any]] = mapped_column(JSONB(none_as_null=True), server_default=_EMPTY_OBJECT)
 
+    __mapper_args__ = {  # noqa: RUF012 - the base declares it as no ClassVar
+        # Known after the flush, without another round trip: a lazy load is impossible in an AsyncSession.
+        "eager_defaults": True,
+        "polymorphic_on": type_coerce(_EVENT_TYPE.column, EventClass),
+        "polymorphic_identity": ANY,
+        # Every query names the columns of all subclasses: what it left out could never be loaded in an AsyncSession.
+        "with_polymorphic": "*",
+    }
+
+    def __init_subclass__(cls, *, event_type: str | None = None, **options: Any) -> None:
+        with family.declaring(cls, event_type):
+            super().__init_subclass__(**options)
+
     @validates("type")
     def _check_type(self, _name: str, value: object) -> str:
+        declared = self.__event_type__
+        if declared is not None and value != declared:
+            raise InvalidEventTypeError(
+                f"{type(self).__name__} stands for events of type {declared!r}, not {str(value)[:80]!r}. Leave the "
+                "type out, or use another class.",
+                value=value,
+            )
         return check_event_type(value)
 
     @validates("channel")
@@ -158,6 +195,10 @@ class Event(Base):
         # may hold what no log should.
         shown = ", ".join(f"{name}={self.__dict__.get(name)!r}" for name in ("id", "type", "channel"))
         return f"{type(self).__name__}({shown})"
+
+
+family.found(Event)
+event.listen(Event, "init", fill_type, propagate=True)
 
 
 @event.listens_for(Event, "before_insert", propagate=True)
@@ -281,6 +322,15 @@ class Delivery(Base):
             "due_at",
             "event_id",
             where="status = 'pending'",
+        ),
+        _index(
+            "ix_deliveries_suspect",
+            "channel",
+            "consumer_group",
+            "priority",
+            "due_at",
+            "event_id",
+            where="status = 'pending' AND lost > 0",
         ),
         _index("ix_deliveries_running", "worker_id", "event_id", where="status = 'running'"),
         _index(

@@ -70,6 +70,8 @@ def check_schema(value: object) -> str:
             f"Schema {_shown(value)} has {size} bytes in UTF-8; 1 to {MAX_IDENTIFIER_BYTES} are allowed.",
             value=value,
         )
+    if "$pgebus$" in value:
+        raise InvalidSchemaError(f"Schema {value!r}: '$pgebus$' quotes the bodies of our functions.", value=value)
     if value.startswith("pg_"):
         raise InvalidSchemaError(
             f"Schema {value!r}: PostgreSQL keeps names that begin with 'pg_' to itself.", value=value

@@ -23,6 +23,7 @@ from pgebus.errors import (
     InvalidEventTypeError,
     InvalidHandlerError,
 )
+from pgebus.models import Event
 from pgebus.names import MAX_EVENT_TYPE_BYTES, check_event_type
 
 DEFAULT_GROUP: Final = "default"
@@ -74,9 +75,11 @@ class Route:
 class _Registration:
     number: int
     route: Route
+    # A class of events names its full type: prefixes do not apply.
+    absolute: bool = False
 
     def under(self, prefix: str) -> _Registration:
-        if not prefix:
+        if not prefix or self.absolute:
             return self
         return _Registration(self.number, Route(f"{prefix}.{self.route.pattern}", self.route.handler))
 
@@ -116,35 +119,39 @@ class EventRouter:
         """A number that grows whenever a route appears at or below this router."""
         return self._version
 
-    def on(self, path: str, *, transactional: bool = False, name: str | None = None) -> Callable[[_F], _F]:
+    def on(
+        self, path: str | type[Event], *, transactional: bool = False, name: str | None = None
+    ) -> Callable[[_F], _F]:
         """Register the decorated coroutine function for events of type *path*, under this router's prefix.
 
         The function is called as `handler(ctx, payload)`, and is returned unchanged, so it can be registered
         for several paths. Handlers of one event run in the order in which this process registered them.
 
         Args:
-            path: Dotted words; together with all prefixes, the type of the events to handle.
+            path: Dotted words; together with all prefixes, the type of the events to handle. Or a subclass of Event
+                that declares an event type: it stands for that very type, under whatever prefix the router is.
             transactional: True to write with `ctx.session`, in the transaction that completes the delivery.
             name: The stable name; by default `module.qualname` of the function.
 
         Raises:
-            InvalidEventTypeError: If *path* is not dotted words, or too long with its prefixes.
+            InvalidEventTypeError: If *path* is not dotted words, or too long with its prefixes; or a class that
+                declares no event type.
             InvalidHandlerError: If the function is no coroutine function, cannot be called with two
                 positional arguments, or has no name of its own and is given none.
             DuplicateHandlerError: If the path has this handler, or another of its name, already.
             ConfigurationError: If *transactional* is not a bool.
         """
-        _checked_path(path)
+        declared = _declared_type(path) if isinstance(path, type) else None
+        full_path = declared or _checked_path(_joined(self._prefix, _checked_path(path)))
         if not isinstance(transactional, bool):
             raise ConfigurationError(f"transactional must be True or False, not {_type_name(transactional)}.")
         if name is not None:
             _checked_name(name)
-        full_path = _checked_path(_joined(self._prefix, path))
 
         def register(function: _F) -> _F:
             _check_callable(function)
             handler = Handler(name or _name_of(function), function, transactional)
-            self._add([_Registration(next(_numbers), Route(full_path, handler))])
+            self._add([_Registration(next(_numbers), Route(full_path, handler), absolute=declared is not None)])
             return function
 
         return register
@@ -219,7 +226,10 @@ class EventRouter:
                 placed = registration.under(prefix)
                 pattern = _checked_path(placed.route.pattern)
                 beside = staged.setdefault((id(router), pattern), [])
-                for taken in itertools.chain(router._table.get(pattern, ()), beside):
+                there = [*router._table.get(pattern, ()), *beside]
+                if placed.absolute and placed in there:
+                    continue  # the same one on another way, as from a router that is included twice
+                for taken in there:
                     _check_no_duplicate(taken.route, placed.route)
                 beside.append(placed)
                 changed.append((router, placed))
@@ -231,6 +241,17 @@ class EventRouter:
 
 def _joined(*parts: str) -> str:
     return ".".join(part for part in parts if part)
+
+
+def _declared_type(cls: type[Any]) -> str:
+    event_type: str | None = cls.__event_type__ if issubclass(cls, Event) else None
+    if event_type is None:
+        raise InvalidEventTypeError(
+            f"Class {cls.__qualname__[:120]!r} declares no event type. Register the handler for a type by name, or for "
+            "a class like 'class OrderPlaced(Event, event_type=\"order.placed\")'.",
+            value=cls,
+        )
+    return event_type
 
 
 def _checked_path(path: object, what: str = "Path") -> str:

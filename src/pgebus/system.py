@@ -21,20 +21,21 @@ from sqlalchemy.pool import NullPool
 
 from pgebus._guard import guard_engine
 from pgebus._runtime.acknowledging import Acknowledger
-from pgebus._runtime.claiming import Claimer
+from pgebus._runtime.claiming import ATTEMPTS_TO_SPARE, MAX_AHEAD, Claimer
 from pgebus._runtime.dispatching import Dispatcher
 from pgebus._runtime.leases import Holdings
 from pgebus._runtime.listening import Listener
 from pgebus._runtime.maintenance import Maintenance
 from pgebus._runtime.presence import Presence
 from pgebus._runtime.statements import Statements
-from pgebus._runtime.store import Line, Store
+from pgebus._runtime.store import ANSWER_SECONDS, Line, Store
 from pgebus._runtime.supervision import DATABASE_ERRORS, Crew, Loops, cancel, keep_running, spawn
 from pgebus._runtime.waking import DatabaseClock, Wakeup
 from pgebus._version import __version__
-from pgebus.database import make_engine
+from pgebus.database import dispose, make_engine
 from pgebus.errors import SchemaMismatchError, StateError
 from pgebus.health import LoopHealth, SystemHealth, SystemState
+from pgebus.inheritance import family
 from pgebus.models import SCHEMA_VERSION
 from pgebus.retry import RetryPolicy
 from pgebus.routing import EventRouter
@@ -71,6 +72,7 @@ class EventSystem:
         self._task: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
         self._stop_asked = asyncio.Event()
+        self._impatient = asyncio.Event()
         self._patience: float = settings.event_system.shutdown_timeout_seconds
         self._crew = Crew()
         self._holdings = Holdings()
@@ -91,7 +93,8 @@ class EventSystem:
         """
         if self._state is not SystemState.NEW:
             raise self._cannot_start()
-        task = self._task = spawn(self.run(), "pgebus-system")
+        self._state = SystemState.STARTING
+        task = self._task = spawn(self._live(), "pgebus-system")
         ready = asyncio.ensure_future(self._ready.wait())
         try:
             await asyncio.wait([task, ready], return_when=asyncio.FIRST_COMPLETED)
@@ -128,8 +131,8 @@ class EventSystem:
             self._state = SystemState.STOPPED
         self._patience = timeout if wait_for_completion else 0.0
         self._stop_asked.set()
-        if self._state is SystemState.STOPPING and self._patience == 0:
-            self._crew.cancel()  # an earlier stop() waits for them; this one doesn't
+        if self._patience == 0:
+            self._impatient.set()  # an earlier stop() may be waiting for handlers; this one doesn't
         task, current = self._task, asyncio.current_task()
         if task is None or self._crew.includes(current):
             return
@@ -148,6 +151,9 @@ class EventSystem:
         if self._state is not SystemState.NEW:
             raise self._cannot_start()
         self._state = SystemState.STARTING
+        await self._live()
+
+    async def _live(self) -> None:
         try:
             async with self._engines() as (control, handlers, listen):
                 lines = Line(control), Line(control), Line(control)
@@ -158,6 +164,7 @@ class EventSystem:
                         await line.close()
         finally:
             self._state = SystemState.STOPPED
+            logger.info("The event system has ended.")
 
     def health(self) -> SystemHealth:
         """Return how the system is doing; asks nobody."""
@@ -213,6 +220,8 @@ class EventSystem:
             crew=self._crew,
             groups=[DEFAULT_GROUP],
             slots=options.n_workers,
+            # What is held when the process dies has used up an attempt, begun or not.
+            ahead=MAX_AHEAD if options.max_attempts >= ATTEMPTS_TO_SPARE else 0,
             poll_interval=options.poll_interval_seconds,
             health=self._loops["claim"],
         )
@@ -253,10 +262,11 @@ class EventSystem:
             await loops.until(self._presence.wait(), self._stop_asked.wait())
             self._state = SystemState.RUNNING
             self._ready.set()
+            self._announce()
             await loops.until(self._stop_asked.wait())
             self._state = SystemState.STOPPING
             await claimer.close(_LAST_WRITES_SECONDS)
-            await loops.until(self._crew.wait(self._patience))
+            await loops.until(self._crew.wait(self._patience), self._impatient.wait())
         finally:
             # Also when this task was cancelled or a loop has failed: what is held goes back to the others. The lock is
             # kept until that is done, or they would take it themselves and count it as lost.
@@ -288,10 +298,16 @@ class EventSystem:
             logger.warning("The last outcomes could not be written; those deliveries will be recovered, and run again.")
         if self._presence.worker_id is not None:
             try:
-                async with asyncio.timeout(_LAST_WRITES_SECONDS):
-                    await line.fetch(statements.sign_off, self._presence.worker_id)
+                await self._sign_off(line, statements, self._presence.worker_id)
             except DATABASE_ERRORS as error:
                 logger.warning("The worker could not sign off (%s); others will notice that it is gone.", error)
+
+    async def _sign_off(self, line: Line, statements: Statements, worker_id: int) -> None:
+        async with asyncio.timeout(_LAST_WRITES_SECONDS):
+            try:
+                await line.fetch(statements.sign_off, worker_id)
+            except DATABASE_ERRORS:  # the line may have died unnoticed, while it had nothing to do
+                await line.fetch(statements.sign_off, worker_id)
 
     @asynccontextmanager
     async def _engines(self) -> AsyncIterator[tuple[AsyncEngine, AsyncEngine, AsyncEngine]]:
@@ -303,13 +319,30 @@ class EventSystem:
         autocommit: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
         control = make_engine(database, pool_size=3, max_overflow=0, **autocommit)
         event.listen(control.sync_engine, "connect", _claim_as_designed)
+        if database.listen_url is None:
+            # Nobody else uses these sessions: through a pooler, a SET would reach strangers.
+            event.listen(control.sync_engine, "connect", _give_up_in_time)
         handlers = make_engine(database, pool_size=self._settings.event_system.n_workers, max_overflow=0)
         listen = make_engine(database, url=database.listen_sqlalchemy_url(), poolclass=NullPool, **autocommit)
         try:
             yield control, handlers, listen
         finally:
             for engine in (listen, handlers, control):
-                await engine.dispose()
+                await dispose(engine)
+
+    def _announce(self) -> None:
+        database, options = self._settings.database, self._settings.event_system
+        patterns = sorted({route.pattern for route in self._router.routes()})
+        logger.info(
+            "Handling channel %r, %d at once, in schema %r as worker %d: %s",
+            options.channel,
+            options.n_workers,
+            database.schema_name,
+            self._presence.worker_id or 0,
+            ", ".join(patterns) or "no event type at all",
+        )
+        if not patterns:
+            logger.warning("The router has no handlers: every event on channel %r is put aside.", options.channel)
 
     def _settled(self, due_in: float | None) -> None:
         if self._claimer is not None:
@@ -327,6 +360,23 @@ class EventSystem:
         return StateError("EventSystem has been stopped and cannot be started again. Create a new one.")
 
 
+async def _require_columns(line: Line, statements: Statements) -> None:
+    """Refuse a table of events without the columns of the application's subclasses: nothing could be claimed."""
+    wanted = {str(column.name) for column in family.table.columns if column.key not in family.own_columns}
+    if not wanted:
+        return
+    missing = wanted - {row["attname"] for row in await line.fetch(statements.event_columns, statements.schema)}
+    if missing:
+        raise SchemaMismatchError(
+            f"Table {statements.schema!r}.events lacks columns that subclasses of Event declare: "
+            f"{', '.join(sorted(missing))}. Run the application's own migrations; 'alembic revision --autogenerate' "
+            "writes the missing one.",
+            schema=statements.schema,
+            found=SCHEMA_VERSION,
+            needed=SCHEMA_VERSION,
+        )
+
+
 async def _require_schema(line: Line, statements: Statements) -> None:
     """Refuse a database whose tables are not those of this release."""
     schema = statements.schema
@@ -334,6 +384,7 @@ async def _require_schema(line: Line, statements: Statements) -> None:
     if await line.value(statements.has_version, schema):
         found = await line.value(statements.version)
     if found == SCHEMA_VERSION:
+        await _require_columns(line, statements)
         return
     command = "Run 'alembic upgrade pgebus@head' (or 'pgebus migrate')."
     if found is None:
@@ -369,6 +420,15 @@ def _claim_as_designed(dbapi_connection: Any, _record: object) -> None:
                 await driver.execute(f"SET {setting} = '{right}'")
 
         dbapi_connection.run_async(mend)
+
+
+def _give_up_in_time(dbapi_connection: Any, _record: object) -> None:
+    """Let the server end a statement shortly before we would hang up on it.
+
+    A backend that waits for a lock does not notice that its client has gone: each attempt would leave one behind.
+    """
+    milliseconds = int(ANSWER_SECONDS * 800)
+    dbapi_connection.run_async(lambda driver: driver.execute(f"SET statement_timeout = {milliseconds}"))
 
 
 def _report(task: asyncio.Task[None]) -> None:

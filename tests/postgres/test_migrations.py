@@ -206,7 +206,7 @@ async def test_function_bodies_survive_every_driver_and_the_offline_mode(
     bodies = await sql.fetch(
         "SELECT proname, prosrc FROM pg_proc WHERE pronamespace = 'pgebus'::regnamespace ORDER BY proname"
     )
-    assert [row["proname"] for row in bodies] == ["complete", "fan_out", "forget", "schema_version"]
+    assert [row["proname"] for row in bodies] == ["complete", "fan_out", "forget", "forget_all", "schema_version"]
     for row in bodies:
         assert "%" not in row["prosrc"]
         assert re.search(r"(?<![:\w\\]):\w", row["prosrc"]) is None

@@ -58,5 +58,10 @@ async def finished(sql: Sql, *event_ids: int, status: str = "completed", within:
     try:
         await until(check, within)
     except AssertionError:
-        rows = await sql.fetch("SELECT * FROM pgebus.deliveries WHERE event_id = ANY ($1)", list(event_ids))
+        rows = await sql.fetch(
+            "SELECT event_id, status, attempt, claim_seq, lost, left(errors::text, 300) AS errors "
+            "FROM pgebus.deliveries WHERE event_id = ANY ($1) AND status <> $2 LIMIT 5",
+            list(event_ids),
+            status,
+        )
         raise AssertionError(f"not {status} within {within} s: {[dict(row) for row in rows]}") from None

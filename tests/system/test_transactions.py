@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import warnings
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -29,15 +28,15 @@ from tests.system.waiting import until
 
 
 @pytest.fixture(autouse=True)
-async def effects(sql: Sql) -> AsyncIterator[None]:
+async def effects(sql: Sql) -> None:
     """A table of effects without any unique constraint: a constraint would hide what is done twice."""
     await sql.execute(
-        "CREATE TABLE effects (event_id bigint, what text); CREATE TABLE balance (id int PRIMARY KEY, amount int NOT NULL);"
+        "CREATE TABLE effects (event_id bigint, what text);"
+        "CREATE TABLE balance (id int PRIMARY KEY, amount int NOT NULL);"
         "INSERT INTO balance VALUES (1, 0);"
         "CREATE TABLE parent (id int PRIMARY KEY);"
         "CREATE TABLE child (parent int REFERENCES parent DEFERRABLE INITIALLY DEFERRED)"
     )
-    yield
 
 
 async def effect(session: GuardedSession | None, event_id: int, what: str = "") -> None:
@@ -340,17 +339,21 @@ async def test_what_one_handler_sets_for_its_transaction_the_next_delivery_does_
             )
         ).one()
         seen.append((row[0], row[1] or "", row[2]))
-        await ctx.session.execute(text("SET LOCAL search_path = pgebus"))
-        await ctx.session.execute(text("SELECT set_config('app.who', 'me', true)"))
+        for_the_session = payload["fails"] is None
+        await ctx.session.execute(text(f"SET {'' if for_the_session else 'LOCAL'} search_path = pgebus"))
+        await ctx.session.execute(text("SELECT set_config('app.who', 'me', :local)"), {"local": not for_the_session})
+        await ctx.session.execute(text("SELECT pg_advisory_lock(1, 2)"))
         if payload["fails"]:
             raise RuntimeError
 
     async with running(router, database, n_workers=1, max_attempts=1):
         first = await publish(sm, "order.paid", {"fails": True})
         await finished(sql, first, status="dead")
-        second = await publish(sm, "order.paid", {"fails": False})
+        second = await publish(sm, "order.paid", {"fails": None})
+        await finished(sql, second)
         third = await publish(sm, "order.paid", {"fails": False})
-        await finished(sql, second, third)
+        await finished(sql, third)
+        assert await sql.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 1") == 1
     assert [row[:2] for row in seen] == [('"$user", public', "")] * 3
     assert len({row[2] for row in seen}) == 1, "one connection, used three times"
 

@@ -6,9 +6,11 @@ Not under test is what PostgreSQL answers.
 from __future__ import annotations
 
 import asyncio
+import operator
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, cast
 
 import asyncpg
@@ -18,8 +20,9 @@ from pgebus._runtime.acknowledging import Acknowledger
 from pgebus._runtime.claiming import MAX_AHEAD, Claimer, Rate
 from pgebus._runtime.dispatching import Dispatcher
 from pgebus._runtime.leases import Fence, Holdings, Lease
-from pgebus._runtime.outcome import Complete, Outcome
+from pgebus._runtime.outcome import Committed, Complete, Outcome
 from pgebus._runtime.presence import Presence
+from pgebus._runtime.quarantine import ALONE_SECONDS, DRAIN_SECONDS, LONGEST_WAIT_SECONDS, RETRY_SECONDS
 from pgebus._runtime.store import Store
 from pgebus._runtime.supervision import Crew
 from pgebus._runtime.waking import DatabaseClock, Wakeup
@@ -49,11 +52,22 @@ class Shelf(Store):
 
     async def claim(self, worker_id: int, groups: Sequence[str], limit: int) -> list[Lease]:
         self.asked += 1
-        taken = [self.pending.popleft() for _ in range(min(limit, len(self.pending)))]
+        return await self._claim(worker_id, groups[0], [item for item in self.pending if item[1] == 0][:limit], limit)
+
+    async def claim_suspect(self, worker_id: int, groups: Sequence[str]) -> list[Lease]:
+        return await self._claim(worker_id, groups[0], [item for item in self.pending if item[1] > 0][:1])
+
+    async def suspects(self, groups: Sequence[str]) -> bool:
+        return any(lost for _, lost in self.pending)
+
+    async def _claim(
+        self, worker_id: int, group: str, taken: list[tuple[int, int]], limit: int | None = None
+    ) -> list[Lease]:
         leases = []
         for event_id, lost in taken:
+            self.pending.remove((event_id, lost))
             self._claim_seq += 1
-            fence = Fence(event_id, groups[0], self._claim_seq, worker_id)
+            fence = Fence(event_id, group, self._claim_seq, worker_id)
             self.running[event_id], self.lost[event_id] = fence, lost
             leases.append(
                 Lease(
@@ -66,7 +80,7 @@ class Shelf(Store):
                     row=cast("asyncpg.Record", {}),
                 )
             )
-        if taken:
+        if taken and limit is not None:
             self.limits.append(limit)
         await self.answering.wait()
         return leases
@@ -79,8 +93,12 @@ class Shelf(Store):
         await self.writing.wait()
         batch = [fence for fence in fences if self.running.get(fence.event_id) == fence]
         released = self._finish(batch, "released")
-        self.pending.extend((fence.event_id, self.lost[fence.event_id]) for fence in batch)
+        # In their old place in the line.
+        self.pending = deque(sorted([*self.pending, *((f.event_id, self.lost[f.event_id]) for f in batch)]))
         return released
+
+    async def still_held(self, fences: Iterable[Fence]) -> set[tuple[int, str]]:
+        return {fence[:2] for fence in fences if self.running.get(fence.event_id) == fence}
 
     async def strays(self, worker_id: int) -> list[Fence]:
         return [fence for fence in self.running.values() if fence.worker_id == worker_id]
@@ -102,7 +120,9 @@ class Shelf(Store):
 
 
 class Hands(Dispatcher):
-    """Handlers that begin and end in the journal; those in `held` wait to be let go."""
+    """Handlers that begin and end in the journal; those in `held` wait to be let go, all return `outcome`."""
+
+    outcome: Outcome = Complete()
 
     def __init__(self, journal: list[str]) -> None:
         self.journal = journal
@@ -125,7 +145,7 @@ class Hands(Dispatcher):
         finally:
             self.busy.discard(event_id)
             self.journal.append(f"ended {event_id}")
-        return Complete()
+        return self.outcome
 
 
 class Registry(Presence):
@@ -141,7 +161,7 @@ class Registry(Presence):
 class Bench:
     """A claimer with everything around it, for a worker that is present."""
 
-    def __init__(self, slots: int = 2) -> None:
+    def __init__(self, slots: int = 2, ahead: int = MAX_AHEAD) -> None:
         self.journal: list[str] = []
         self.store = Shelf(self.journal)
         self.hands = Hands(self.journal)
@@ -163,6 +183,7 @@ class Bench:
             crew=self.crew,
             groups=["default"],
             slots=slots,
+            ahead=ahead,
             poll_interval=60.0,
             health=LoopHealth("claim"),
         )
@@ -222,10 +243,31 @@ async def come_to_rest() -> None:
         await asyncio.sleep(0)
 
 
+class Time:
+    """The monotonic clock of the claimer, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-def standing_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is finished was finished in the last second, and no look comes by itself."""
-    monkeypatch.setattr("pgebus._runtime.claiming.monotonic", lambda: 1_000.0)
+def standing_still(monkeypatch: pytest.MonkeyPatch) -> Time:
+    """Whatever is finished was finished in the last second, and no look comes by itself, unless the clock is moved."""
+    time = Time()
+    monkeypatch.setattr("pgebus._runtime.claiming.monotonic", time)
+    return time
+
+
+async def pass_by(bench: Bench, time: Time, seconds: float) -> None:
+    """Let *seconds* go by, a tenth at a time, with a look after each."""
+    end = time.now + seconds
+    while time.now < end:
+        time.now = min(end, time.now + 0.1)
+        bench.wakeup.look()
+        await come_to_rest()
 
 
 async def run_ten(bench: Bench) -> None:
@@ -323,7 +365,7 @@ async def test_a_worker_with_all_hands_full_asks_nothing(bench: Bench) -> None:
         await until(lambda: 3 in bench.began)  # the looks that were asked for are not forgotten
 
 
-async def test_while_more_than_half_is_left_nothing_is_asked_for(bench: Bench, standing_still: None) -> None:
+async def test_while_more_than_half_is_left_nothing_is_asked_for(bench: Bench, standing_still: Time) -> None:
     """A fast worker claims many at a time, and not one for each slot that comes free; but no look is forgotten."""
     await run_ten(bench)
     bench.hands.hold(*range(11, 18))
@@ -340,6 +382,35 @@ async def test_while_more_than_half_is_left_nothing_is_asked_for(bench: Bench, s
         for held in bench.hands.held.values():
             held.set()
         await until(lambda: 18 in bench.began)
+
+
+async def test_with_nothing_held_ahead_no_more_is_claimed_than_can_start(standing_still: Time) -> None:
+    """With few attempts to spare a delivery must not be charged for what ran before it."""
+    bench = Bench(slots=3, ahead=0)
+    bench.store.add(*range(1, 101))
+    bench.hands.hold(*range(1, 101))
+    async with bench.runs():
+        for event_id in range(1, 101):
+            await until(partial(bench.hands.busy.__contains__, event_id))
+            await come_to_rest()
+            assert len(bench.holdings) == min(3, 101 - event_id)
+            bench.hands.held[event_id].set()
+        await bench.done(100)
+
+
+@pytest.mark.parametrize("ahead", [0, MAX_AHEAD])
+async def test_a_free_slot_is_filled_at_once_where_nothing_is_left_to_write(standing_still: Time, ahead: int) -> None:
+    """The last word on such a delivery is said while its task still has the slot."""
+    bench = Bench(slots=1, ahead=ahead)
+    bench.hands.outcome = Committed()
+    bench.store.add(*range(1, 6))
+    bench.hands.hold(*range(1, 6))
+    async with bench.runs():
+        for event_id in range(1, 6):
+            await until(partial(operator.eq, bench.hands.busy, {event_id}))
+            await come_to_rest()
+            bench.hands.held[event_id].set()
+        await until(lambda: len(bench.holdings) == 0)
 
 
 async def test_an_idle_worker_sets_its_flag_and_looks_once_more(bench: Bench) -> None:
@@ -363,7 +434,7 @@ async def test_an_absent_worker_claims_nothing(bench: Bench) -> None:
 # Suspects
 
 
-async def test_a_suspect_runs_with_nothing_beside_it(bench: Bench) -> None:
+async def test_an_idle_worker_starts_a_suspect_alone(bench: Bench, standing_still: Time) -> None:
     """A worker died with it in hand: whatever ran beside it would be charged for it once more."""
     bench.store.add(1)
     bench.store.add(2, lost=1)
@@ -371,28 +442,41 @@ async def test_a_suspect_runs_with_nothing_beside_it(bench: Bench) -> None:
     bench.hands.hold(2)
     async with bench.runs():
         await until(lambda: 2 in bench.hands.busy)
-        for _ in range(5):
-            bench.wakeup.look()
-            await come_to_rest()
+        await pass_by(bench, standing_still, ALONE_SECONDS - 0.5)
         assert bench.began == [2]
         assert [lease.fence.event_id for lease in bench.holdings] == [2]
         assert list(bench.store.running) == [2]
+        assert bench.store.asked == 0
         bench.hands.held[2].set()
-        await bench.done(4)
-    assert sorted(bench.began) == [1, 2, 3, 4]
-    assert "released 1" in bench.journal
+        await bench.done(4)  # with its end, and not a moment later: the clock stands still
+    assert bench.began == [2, 1, 3, 4]
 
 
-async def test_a_suspect_waits_for_those_that_run_and_for_their_completion() -> None:
+async def test_what_has_killed_nobody_for_a_while_is_left_to_run_beside_others(
+    bench: Bench, standing_still: Time
+) -> None:
+    bench.store.add(1, 3)
+    bench.store.add(2, lost=1)
+    bench.hands.hold(2)
+    async with bench.runs():
+        await until(lambda: bench.hands.busy == {2})
+        await pass_by(bench, standing_still, ALONE_SECONDS + 0.1)
+        await bench.done(2)
+        assert bench.began == [2, 1, 3]
+        assert bench.hands.busy == {2}
+
+
+async def test_a_busy_worker_makes_way_for_a_suspect(standing_still: Time) -> None:
+    """It waits for those that run, and for their completion, which a crash would undo."""
     bench = Bench(slots=3)
     bench.store.add(1)
     bench.hands.hold(1, 2)
     async with bench.runs():
         await until(lambda: 1 in bench.hands.busy)
+        await pass_by(bench, standing_still, 2.0)
         bench.store.add(2, lost=1)
+        await pass_by(bench, standing_still, 1.1)  # that is how often it looks
         bench.store.add(3)
-        bench.wakeup.look()
-        await until(lambda: "released 3" in bench.journal)
         await come_to_rest()
         assert bench.began == [1]
 
@@ -411,6 +495,78 @@ async def test_a_suspect_waits_for_those_that_run_and_for_their_completion() -> 
         bench.hands.held[2].set()
         await bench.done(3)
     assert bench.began == [1, 2, 3]
+
+
+async def test_a_busy_worker_stops_for_a_suspect_for_so_long_only(standing_still: Time) -> None:
+    """One that lost its worker to a restart is as innocent as any, and must not keep the others waiting."""
+    bench = Bench(slots=2)
+    bench.store.add(1)
+    bench.hands.hold(1)
+    async with bench.runs():
+        await until(lambda: bench.hands.busy == {1})
+        await come_to_rest()
+        bench.store.add(90, lost=1)
+        standing_still.now += 1.1
+        bench.wakeup.look()
+        await come_to_rest()  # it has seen 90
+        bench.store.add(2)
+        await pass_by(bench, standing_still, DRAIN_SECONDS - 0.1)
+        assert bench.began == [1]
+        await pass_by(bench, standing_still, 0.2)
+        assert bench.began == [1, 2]
+        await bench.done(1)
+        for event_id in range(3, 8):  # as usual
+            bench.store.add(event_id)
+            bench.wakeup.look()
+            await bench.done(event_id - 1)
+            await pass_by(bench, standing_still, (RETRY_SECONDS - 1.0) / 5)
+        assert bench.began == [1, 2, 3, 4, 5, 6, 7]
+
+
+async def test_a_suspect_for_which_nothing_makes_way_starts_beside_others(bench: Bench, standing_still: Time) -> None:
+    """Handlers that run for an hour would keep it waiting for an hour."""
+    bench.store.add(1)
+    bench.hands.hold(1, 2)
+    async with bench.runs():
+        await until(lambda: bench.hands.busy == {1})
+        await come_to_rest()
+        bench.store.add(2, lost=1)
+        await pass_by(bench, standing_still, LONGEST_WAIT_SECONDS - 1.0)
+        assert bench.began == [1]
+        await pass_by(bench, standing_still, 3.0)
+        assert bench.hands.busy == {1, 2}
+
+
+async def test_what_waits_here_is_given_back_when_a_suspect_wants_to_be_alone(
+    bench: Bench, standing_still: Time
+) -> None:
+    """It would be charged for the crash, and an idle worker elsewhere may take it at once."""
+    await run_ten(bench)
+    bench.hands.hold(11, 12)
+    async with bench.runs():
+        bench.store.add(11, 12, 13)
+        bench.wakeup.look()
+        await until(lambda: len(bench.holdings) == 3)
+        bench.store.add(99, lost=1)
+        standing_still.now += 1.1
+        bench.wakeup.look()
+        await until(lambda: "released 13" in bench.journal)
+        assert bench.hands.busy == {11, 12}
+
+
+async def test_a_suspect_that_another_worker_takes_keeps_nobody_waiting(
+    bench: Bench, standing_still: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def too_late(worker_id: int, groups: Sequence[str]) -> list[Lease]:
+        bench.store.pending.remove((2, 1))
+        return []
+
+    monkeypatch.setattr(bench.store, "claim_suspect", too_late)
+    bench.store.add(1)
+    bench.store.add(2, lost=1)
+    async with bench.runs():
+        await bench.done(1)
+    assert bench.began == [1]
 
 
 async def test_suspects_run_one_after_the_other() -> None:
@@ -442,20 +598,34 @@ async def test_a_claim_that_is_answered_after_its_id_has_ended_starts_nothing(be
         assert len(bench.holdings) == 0
 
 
-async def test_what_waits_is_forgotten_with_the_id(bench: Bench) -> None:
-    """Others own it; to give it back would take it away from them."""
-    bench.store.add(1)
-    bench.hands.hold(1)
+async def test_a_suspect_that_is_answered_after_its_id_has_ended_is_not_started(bench: Bench) -> None:
+    bench.store.add(1, lost=1)
+    bench.store.answering.clear()
     async with bench.runs():
-        await until(lambda: bench.hands.busy == {1})
-        bench.store.add(2, lost=1)
+        await until(lambda: bench.store.running)
+        bench.presence.leave()
+        bench.presence.depart()
+        bench.presence.new_id()
+        bench.store.answering.set()
+        await come_to_rest()
+        assert bench.journal == []
+        assert len(bench.holdings) == 0
+
+
+async def test_what_waits_is_forgotten_with_the_id(bench: Bench, standing_still: Time) -> None:
+    """Others own it; to give it back would take it away from them."""
+    await run_ten(bench)
+    bench.journal.clear()
+    bench.hands.hold(11, 12)
+    async with bench.runs():
+        bench.store.add(11, 12, 13)
         bench.wakeup.look()
-        await until(lambda: len(bench.holdings) == 2)
+        await until(lambda: len(bench.holdings) == 3 and bench.hands.busy == {11, 12})
         bench.presence.leave()
         bench.presence.depart()
         await until(lambda: len(bench.holdings) == 0)
         await come_to_rest()
-    assert bench.journal == ["began 1", "ended 1"]
+    assert sorted(bench.journal) == ["began 11", "began 12", "ended 11", "ended 12"]
 
 
 async def test_a_new_id_is_not_forgotten_with_the_old_one(bench: Bench) -> None:
@@ -522,7 +692,7 @@ async def test_closing_gives_back_what_waits_and_leaves_what_runs() -> None:
     assert bench.began == [1, 2]
 
 
-async def test_nothing_is_started_while_closing_waits_for_an_answer(bench: Bench, standing_still: None) -> None:
+async def test_nothing_is_started_while_closing_waits_for_an_answer(bench: Bench, standing_still: Time) -> None:
     await run_ten(bench)
     bench.hands.hold(11, 12)
     async with bench.runs():
@@ -548,21 +718,23 @@ async def test_nothing_is_started_while_closing_waits_for_an_answer(bench: Bench
     assert bench.began[10:] == [11, 12]
 
 
-async def test_closing_gives_a_waiting_suspect_back(bench: Bench) -> None:
-    bench.store.add(1)
-    bench.hands.hold(1)
+async def test_a_suspect_whose_claim_is_answered_while_closing_is_given_back(bench: Bench) -> None:
+    bench.store.add(1, lost=1)
+    bench.store.answering.clear()
     async with bench.runs():
-        await until(lambda: bench.hands.busy == {1})
-        bench.store.add(2, lost=1)
-        bench.wakeup.look()
-        await until(lambda: len(bench.holdings) == 2)
-        await bench.claimer.close(5.0)
-        await until(lambda: "released 2" in bench.journal)
+        await until(lambda: bench.store.running)
+        closing = asyncio.create_task(bench.claimer.close(5.0))
+        await come_to_rest()
+        bench.store.answering.set()
+        await closing
+        await until(lambda: "released 1" in bench.journal)
+        await come_to_rest()
+    assert bench.began == []
+    assert len(bench.holdings) == 0
 
 
 async def test_a_claim_in_progress_is_given_back_when_its_answer_comes(bench: Bench) -> None:
     bench.store.add(1, 2)
-    bench.store.add(3, lost=1)
     bench.store.answering.clear()
     async with bench.runs():
         await until(lambda: bench.store.running)

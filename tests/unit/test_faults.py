@@ -9,7 +9,7 @@ from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from pgebus._runtime.faults import is_disconnect, is_disconnect_state, is_replayable, sqlstate
+from pgebus._runtime.faults import is_disconnect, is_disconnect_state, is_refusal, is_replayable, sqlstate
 
 STALE_PLAN = "cached statement plan is invalid due to a database schema or configuration change"
 CHANGED_PLAN = "cached plan must not change result type"
@@ -113,6 +113,43 @@ def test_only_conflicts_and_stale_plans_are_worth_the_same_again(
     error: Exception, wrap: Callable[[Exception], BaseException], replayable: bool
 ) -> None:
     assert is_replayable(wrap(error)) is replayable
+
+
+# is_refusal
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (asyncpg.UntranslatableCharacterError("x"), True),
+        (asyncpg.CharacterNotInRepertoireError("x"), True),
+        (asyncpg.DataError("invalid input for query argument $1"), True),
+        (asyncpg.NumericValueOutOfRangeError("x"), True),
+        (asyncpg.InvalidTextRepresentationError("x"), True),
+        (asyncpg.CheckViolationError("x"), True),
+        (asyncpg.ForeignKeyViolationError("x"), True),
+        (asyncpg.UniqueViolationError("x"), True),
+        (asyncpg.SerializationError("x"), False),
+        (asyncpg.DeadlockDetectedError("x"), False),
+        (asyncpg.QueryCanceledError("x"), False),
+        (asyncpg.TooManyConnectionsError("x"), False),
+        (asyncpg.DiskFullError("x"), False),
+        (asyncpg.InsufficientPrivilegeError("x"), False),
+        (asyncpg.UndefinedTableError("x"), False),
+        (asyncpg.ReadOnlySQLTransactionError("x"), False),
+        (asyncpg.AdminShutdownError("x"), False),
+        (asyncpg.ConnectionDoesNotExistError("x"), False),
+        (asyncpg.PostgresError("no state"), False),
+        (asyncpg.InterfaceError("22000"), False),
+        (ConnectionResetError(), False),
+        (TimeoutError(), False),
+        (ValueError("x"), False),
+    ],
+)
+def test_only_wrong_data_is_refused_the_same_way_every_time(error: BaseException, refused: bool) -> None:
+    assert is_refusal(error) is refused
+    if refused:
+        assert not is_disconnect(error)
 
 
 # is_disconnect

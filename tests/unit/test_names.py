@@ -38,7 +38,7 @@ def test_what_postgresql_would_cut_or_refuse_is_no_channel(bad: object) -> None:
         check_channel(bad)
 
 
-@pytest.mark.parametrize("bad", ["", "x" * 64, "pg_mine", "a\x00", None, 1])
+@pytest.mark.parametrize("bad", ["", "x" * 64, "pg_mine", "a$pgebus$b", "a\x00", None, 1])
 def test_reserved_and_overlong_names_are_no_schema(bad: object) -> None:
     with pytest.raises(InvalidSchemaError):
         check_schema(bad)

@@ -191,6 +191,25 @@ def test_the_entry_carries_the_worker_as_text() -> None:
     }
 
 
+# in_ascii
+
+
+@given(st.builds(Failure, st.none() | any_text, any_text, any_text, st.none() | any_text))
+def test_in_ascii_every_other_character_is_replaced_and_nothing_else(failure: Failure) -> None:
+    """A database's encoding may lack any of them, but none lacks these."""
+    plain = failure.in_ascii()
+    for before, after in [
+        (failure.handler, plain.handler),
+        (failure.type, plain.type),
+        (failure.message, plain.message),
+        (failure.traceback, plain.traceback),
+    ]:
+        assert (after is None) == (before is None)
+        if before is not None and after is not None:
+            assert after == "".join(character if character.isascii() else "?" for character in before)
+    assert plain.in_ascii() == plain
+
+
 # clean
 
 

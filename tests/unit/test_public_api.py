@@ -52,13 +52,16 @@ NAMES = [
     "UnsafeSessionWarning",
     "__version__",
     "metadata",
+    "metadata_for",
     "publish_event",
     "publish_events",
 ]
 
 # Names, kinds and defaults; the annotations are held by the type checker, in tests/typing.
 SIGNATURES = {
-    "publish_event": "(session, event_type, payload, channel, run_at=None, *, headers=None)",
+    "publish_event": (
+        "(session, event_type, payload, channel, run_at=None, *, headers=None, event_class=None, **columns)"
+    ),
     "publish_events": "(session, events)",
     "EventRouter": "(prefix='')",
     "EventRouter.on": "(self, path, *, transactional=False, name=None)",
@@ -154,7 +157,7 @@ def test_the_positional_parameters_of_publish_event_are_pinned() -> None:
     parameters = list(inspect.signature(pgebus.publish_event).parameters.values())
     positional = [each.name for each in parameters if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
     assert positional == ["session", "event_type", "payload", "channel", "run_at"]
-    assert all(each.kind is Parameter.KEYWORD_ONLY for each in parameters[5:])
+    assert all(each.kind in (Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD) for each in parameters[5:])
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

@@ -53,8 +53,10 @@ def test_every_statement_is_one_statement(name: str) -> None:
 def test_a_write_on_one_delivery_carries_the_fence(name: str) -> None:
     text = flat(texts(PLAIN)[name])
     fence = (
-        "WHERE d.event_id = $1::bigint AND d.consumer_group = $2::text AND d.claim_seq = $3::integer "
-        "AND d.worker_id = $4::bigint AND d.status = 'running' RETURNING"
+        "WHERE d.ctid = ( "
+        'SELECT f.ctid FROM "pgebus".deliveries f '
+        "WHERE f.event_id = $1::bigint AND f.consumer_group = $2::text AND f.claim_seq = $3::integer "
+        "AND f.worker_id = $4::bigint AND f.status = 'running' FOR UPDATE SKIP LOCKED) RETURNING"
     )
     assert text.count(fence) == 1
     assert text.count('UPDATE "pgebus".deliveries d ') == 1
@@ -69,8 +71,8 @@ def test_a_write_on_many_deliveries_carries_the_fence_of_each(name: str) -> None
         "AND d.worker_id = $4::bigint AND d.status = 'running'"
     )
     assert text.count(fence) == 1
-    # What is written is what was found under the fence, and locked.
-    assert text.count("FOR UPDATE) h") == 1
+    # What is written is what was found under the fence, and locked; a row that others have locked is passed over.
+    assert text.count("FOR UPDATE SKIP LOCKED) h") == 1
     assert text.count('UPDATE "pgebus".deliveries d ') == 1
     assert text.count("FROM held WHERE d.ctid = held.place") == 1
 
@@ -81,8 +83,9 @@ def test_nothing_else_writes_on_a_running_delivery(name: str) -> None:
     text = flat(texts(PLAIN)[name])
     allowed = {
         "claim": "d.status = 'pending'",
+        "claim_suspect": "d.status = 'pending'",
         "adopt": "d.status = 'unhandled'",
-        "sweep": "n.status = 'blocked'",
+        "sweep": "JOIN heads h USING (event_id, consumer_group) WHERE d.status = 'blocked'",
         "recover": "pg_try_advisory_xact_lock(w)",
     }
     if 'UPDATE "pgebus".deliveries' in text and name not in ONE_AT_A_TIME + IN_BATCHES:
@@ -95,8 +98,60 @@ def test_whoever_leaves_the_head_of_a_key_lets_only_a_waiting_one_in(name: str) 
 
 
 def test_an_attempt_is_given_back_only_where_no_handler_failed() -> None:
-    assert {name for name, text in texts(PLAIN).items() if "attempt = d.attempt - 1" in text} == {"release", "unhandle"}
-    assert "attempt = d.attempt - $7::integer" in PLAIN.reschedule
+    uncounted = {name for name, text in texts(PLAIN).items() if "attempt = greatest(d.attempt - 1, 0)" in text}
+    assert uncounted == {"release", "unhandle"}
+    assert "attempt = greatest(d.attempt - $7::integer, 0)" in PLAIN.reschedule
+
+
+@every_statement
+def test_no_attempt_is_ever_counted_below_zero(name: str) -> None:
+    """Whoever sets it back to zero by hand while the delivery runs must not keep its outcome from being written."""
+    text = texts(PLAIN)[name]
+    assert text.count("d.attempt - ") == text.count("greatest(d.attempt - ")
+
+
+# Deliveries in whose hands a worker died
+
+
+def test_what_a_worker_died_with_is_claimed_apart() -> None:
+    """The two claims are one statement but for that: together they find everything, and nothing is found by both."""
+    assert PLAIN.claim.count("AND d.lost = 0") == 1
+    assert PLAIN.claim_suspect.count("AND d.lost > 0") == 1
+    assert PLAIN.claim.replace("d.lost = 0", "d.lost > 0") == PLAIN.claim_suspect
+
+
+def test_what_a_worker_died_with_is_adopted_but_not_started() -> None:
+    assert "WHEN d.due_at > now() OR d.lost > 0 THEN 'pending'" in flat(PLAIN.adopt)
+
+
+def test_only_what_could_be_claimed_counts_as_a_suspect() -> None:
+    """A worker that stops for one that it can't get would stop for nothing."""
+    text = flat(PLAIN.suspects)
+    for condition in ("d.status = 'pending'", "d.lost > 0", "d.due_at <= now()", "g.paused_at IS NULL"):
+        assert condition in text
+        assert condition.removeprefix("d.").removeprefix("g.") in flat(PLAIN.claim_suspect)
+
+
+def test_who_asks_what_is_still_held_locks_nothing() -> None:
+    """It is asked because somebody else has a lock."""
+    assert "FOR UPDATE" not in PLAIN.still_held
+    fence = (
+        "d.event_id = u.event_id AND d.consumer_group = u.consumer_group AND d.claim_seq = u.claim_seq "
+        "WHERE d.worker_id = $4::bigint AND d.status = 'running'"
+    )
+    assert fence in flat(PLAIN.still_held)
+
+
+@pytest.mark.parametrize("name", ["claim", "claim_suspect", "adopt"])
+def test_further_columns_are_returned_by_every_claim(name: str) -> None:
+    selected = Statements("pgebus", ", e.tenant")
+    assert texts(selected)[name] == texts(PLAIN)[name] + ", e.tenant"
+
+
+@every_statement
+def test_further_columns_are_returned_by_nothing_else(name: str) -> None:
+    if name not in ("claim", "claim_suspect", "adopt"):
+        assert texts(Statements("pgebus", ", e.tenant"))[name] == texts(PLAIN)[name]
 
 
 # Names
@@ -142,7 +197,7 @@ spiteful = st.text("'\\; \"E$a\n", max_size=12)
 @given(storable | spiteful)
 def test_begin_quotes_its_marker(marker: str) -> None:
     message = Statements.begin("REPEATABLE READ", marker)
-    head = "BEGIN ISOLATION LEVEL REPEATABLE READ; SET LOCAL pgebus.tx = "
+    head = "BEGIN ISOLATION LEVEL REPEATABLE READ READ WRITE; SET LOCAL pgebus.tx = "
     assert message.startswith(head)
     assert literal(message.removeprefix(head)) == marker
 
@@ -152,7 +207,8 @@ def test_end_quotes_everything(schema: str, text: str) -> None:
     statements = Statements(schema)
     for group, marker in [(text, "m"), ("g", text)]:
         message = statements.end(12, group, 3, 45, marker)
-        head, tail = f"SELECT {quote_identifier(schema)}.complete(12, ", "); COMMIT"
+        # A handler may have taken another role; the completion is the worker's.
+        head, tail = f"RESET ROLE; SELECT {quote_identifier(schema)}.complete(12, ", "); COMMIT"
         assert message.startswith(head)
         assert message.endswith(tail)
         inner = message.removeprefix(head).removesuffix(tail)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from pgebus._runtime.supervision import Crew, Loops, Pause, cancel, keep_running, spawn
+from pgebus._runtime.supervision import Crew, Loops, Pause, cancel, is_dismissed, keep_running, spawn
 from pgebus.health import LoopHealth
 
 DATABASE_FAILURES = [
@@ -347,3 +347,58 @@ async def test_a_task_that_raises_is_reported_and_forgotten(caplog: pytest.LogCa
     [record] = caplog.records
     assert record.levelno == logging.CRITICAL
     assert record.exc_info is not None
+
+
+async def test_whom_the_crew_cancels_is_dismissed() -> None:
+    crew = Crew()
+    seen: list[bool] = []
+
+    async def work() -> None:
+        try:
+            await for_ever()
+        finally:
+            seen.append(is_dismissed(asyncio.current_task()))
+
+    tasks = [crew.start(work(), f"work-{number}") for number in range(2)]
+    await asyncio.sleep(0)
+    assert not any(is_dismissed(task) for task in tasks)
+    crew.cancel()
+    assert all(is_dismissed(task) for task in tasks)
+    assert await soon(crew.wait(5.0))
+    assert seen == [True, True]
+
+
+async def test_who_cancels_himself_is_not_dismissed() -> None:
+    """A handler's own code may cancel the task that it runs in; nobody has asked it to end."""
+    crew = Crew()
+    seen: list[bool] = []
+
+    async def work() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        try:
+            await asyncio.sleep(0)
+        finally:
+            seen.append(is_dismissed(task))
+
+    task = crew.start(work(), "work")
+    assert await soon(crew.wait(5.0))
+    assert task.cancelled()
+    assert seen == [False]
+
+
+async def test_who_had_ended_before_is_not_dismissed() -> None:
+    crew, go = Crew(), is_proven()
+
+    async def work() -> None:
+        await go.wait()
+
+    task = crew.start(work(), "work")
+    assert await soon(crew.wait(5.0))
+    crew.cancel()
+    assert not is_dismissed(task)
+
+
+def test_no_task_at_all_is_not_dismissed() -> None:
+    assert not is_dismissed(None)

@@ -198,6 +198,39 @@ def test_the_earliest_due_time_is_kept(order: list[float]) -> None:
         assert wakeup.take()
 
 
+async def test_in_doubt_it_looks_and_asks_anew_what_is_due(wakeup: Wakeup) -> None:
+    """A notification that was missed may have told of something due earlier than all that is known."""
+    assert not wakeup.doubted()
+    wakeup.doubt()
+    assert not await waits(wakeup)
+    assert wakeup.take()
+    assert wakeup.doubted()
+    assert not wakeup.doubted()  # once
+
+
+def test_a_look_alone_is_no_doubt(wakeup: Wakeup) -> None:
+    wakeup.look()
+    wakeup.stir()
+    wakeup.due(5_000.0)
+    wakeup.notified("")
+    assert not wakeup.doubted()
+
+
+def test_a_doubt_outlasts_the_look_that_it_asked_for(wakeup: Wakeup) -> None:
+    """That look may fail before anybody has asked."""
+    wakeup.doubt()
+    wakeup.take()
+    wakeup.take()
+    assert wakeup.doubted()
+
+
+def test_a_doubt_forgets_no_due_time(wakeup: Wakeup) -> None:
+    wakeup.due(5_010.0)
+    wakeup.doubt()
+    wakeup.take()
+    assert wakeup.next_due == 5_010.0
+
+
 async def test_an_earlier_due_time_wakes_who_waits_for_a_later_one(wakeup: Wakeup) -> None:
     wakeup.due(5_020.0)
     wakeup.take()

@@ -7,14 +7,16 @@ somebody else's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
-from typing import NoReturn
+from dataclasses import replace
+from typing import Final, NoReturn
 
 import asyncpg
 
-from pgebus._runtime.faults import is_disconnect
-from pgebus._runtime.leases import Holdings, Lease
+from pgebus._runtime.faults import is_disconnect, is_refusal
+from pgebus._runtime.leases import Fence, Holdings, Lease
 from pgebus._runtime.outcome import (
     Committed,
     Complete,
@@ -29,6 +31,24 @@ from pgebus._runtime.store import Store, entry_of
 from pgebus.health import LoopHealth
 
 logger = logging.getLogger(__name__)
+
+# How soon a row that somebody else has locked is tried again.
+LOCKED_SECONDS: Final = 0.25
+
+
+def _as_it_is(outcome: Outcome) -> Outcome:
+    return outcome
+
+
+def _in_ascii(outcome: Outcome) -> Outcome:
+    """Say the same in ASCII: the database's encoding may not have the characters of the message."""
+    if isinstance(outcome, (Reschedule, DeadLetter)) and outcome.failure is not None:
+        return replace(outcome, failure=outcome.failure.in_ascii())
+    return outcome
+
+
+# What is tried after each refusal.
+_PLAINER: Final = (_as_it_is, _in_ascii, _as_it_is)
 
 
 class Acknowledger:
@@ -54,6 +74,8 @@ class Acknowledger:
         self._empty.set()
         # After a lost answer, a row that no longer matches may well be our own earlier write.
         self._uncertain = False
+        self._locked: list[tuple[Lease, Outcome]] = []
+        self._refusals: dict[Fence, int] = {}
 
     def put(self, lease: Lease, outcome: Outcome) -> None:
         """Hand over the *outcome* of *lease*."""
@@ -68,24 +90,44 @@ class Acknowledger:
     async def run(self) -> NoReturn:
         """Write outcomes as they come; whatever gathered during one write goes into the next."""
         while True:
-            await self._arrived.wait()
+            if not self._locked:
+                await self._arrived.wait()
+            else:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._arrived.wait(), LOCKED_SECONDS)
             self._arrived.clear()
-            batch, self._waiting = self._waiting, []
+            batch, self._waiting, self._locked = self._waiting + self._locked, [], []
             try:
                 while batch:
                     await self._write(batch)
             except BaseException as error:
-                if isinstance(error, asyncpg.PostgresError) and not is_disconnect(error):
-                    batch.append(batch.pop(0))  # what PostgreSQL refuses must not hold up the others
-                else:
+                if is_refusal(error):
+                    self._refused(batch, error)
+                elif not isinstance(error, asyncpg.PostgresError) or is_disconnect(error):
                     self._uncertain = True
                 self._waiting = batch + self._waiting
                 self._arrived.set()
                 raise
             self._uncertain = False
             self._health.well()
-            if not self._waiting:
+            if not self._waiting and not self._locked:
                 self._empty.set()
+
+    def _refused(self, batch: list[tuple[Lease, Outcome]], error: BaseException) -> None:
+        """PostgreSQL refuses what was written first in *batch*: try it last, then in its plainest form, then not."""
+        lease, outcome = batch.pop(0)
+        times = self._refusals[lease.fence] = self._refusals.get(lease.fence, 0) + 1
+        if times <= len(_PLAINER):
+            batch.append((lease, _PLAINER[times - 1](outcome)))
+            return
+        del self._refusals[lease.fence]
+        self._holdings.drop(lease)
+        logger.error(
+            "The outcome of event %d for group %r cannot be written (%s); the delivery will be given back.",
+            lease.fence.event_id,
+            lease.fence.group,
+            type(error).__name__,
+        )
 
     async def drained(self, within: float) -> bool:
         """Wait until everything handed over is written, at most *within* seconds; return whether it is."""
@@ -113,15 +155,24 @@ class Acknowledger:
             else:
                 kept = await self._store.release(lease.fence for lease in leases)
                 again = 0.0
+            missing = [each.fence for each in leases if each.fence[:2] not in kept]
+            # A row that is not there any more is lost; one that somebody else has locked is only late.
+            locked = await self._store.still_held(missing) if missing else set()
             done = set(same)
+            self._locked += [item for i, item in enumerate(batch) if i in done and item[0].fence[:2] in locked]
             batch[:] = [item for i, item in enumerate(batch) if i not in done]
             for each in leases:
-                self._written(each, held=each.fence[:2] in kept)
+                if each.fence[:2] not in locked:
+                    self._written(each, held=each.fence[:2] in kept)
             # A promotion made something of this key claimable.
             self._settled(0.0 if any(each.keyed for each in leases) else again)
             return
         held = await self._write_one(lease, outcome)
+        late = not held and bool(await self._store.still_held([lease.fence]))
         batch.pop(0)
+        if late:
+            self._locked.append((lease, outcome))
+            return
         self._written(lease, held=held)
         if isinstance(outcome, Reschedule):
             self._settled(outcome.delay.total_seconds())
@@ -149,6 +200,7 @@ class Acknowledger:
 
     def _written(self, lease: Lease, *, held: bool) -> None:
         self._holdings.drop(lease)
+        self._refusals.pop(lease.fence, None)
         if held:
             return
         level = logging.DEBUG if self._uncertain else logging.WARNING

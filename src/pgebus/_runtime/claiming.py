@@ -18,6 +18,7 @@ from pgebus._runtime.dispatching import Dispatcher
 from pgebus._runtime.leases import Holdings, Lease
 from pgebus._runtime.outcome import Lost, Outcome, Release
 from pgebus._runtime.presence import Presence
+from pgebus._runtime.quarantine import Quarantine
 from pgebus._runtime.store import Store
 from pgebus._runtime.supervision import Crew
 from pgebus._runtime.waking import DatabaseClock, Wakeup, next_look
@@ -28,12 +29,15 @@ logger = logging.getLogger(__name__)
 
 # Most that is ever held beyond the free slots, however fast the handlers are.
 MAX_AHEAD: Final = 500
+# With fewer attempts than that, nothing is held ahead.
+ATTEMPTS_TO_SPARE: Final = 3
 # The idle flag is cleared at most this often, and unhandled types are looked up at most this often.
 FLAG_SECONDS: Final = 1.0
 ADOPT_SECONDS: Final = 1.0
 # Leases that nobody here knows of come from a claim whose answer was lost: rare, but they would run for ever.
 STRAYS_SECONDS: Final = 10.0
 ADOPT_LIMIT: Final = 100
+MAX_UNKNOWN: Final = 1_000
 LONGEST_STRETCH_SECONDS: Final = 0.005
 
 
@@ -70,6 +74,7 @@ class Claimer:
         crew: The tasks of the running deliveries.
         groups: The groups that are served.
         slots: How many deliveries run at once.
+        ahead: How many more may be held, at most.
         poll_interval: Seconds between looks that nothing asked for.
         health: Told when a look worked.
     """
@@ -88,6 +93,7 @@ class Claimer:
         crew: Crew,
         groups: Sequence[str],
         slots: int,
+        ahead: int = MAX_AHEAD,
         poll_interval: float,
         health: LoopHealth,
     ) -> None:
@@ -102,13 +108,14 @@ class Claimer:
         self._crew = crew
         self._groups = list(groups)
         self._slots = slots
+        self._ahead = ahead
         self._poll_interval = poll_interval
         self._health = health
         self._rate = Rate()
         self._buffer: deque[Lease] = deque()
         self._unbegun: set[Lease] = set()  # a task was made for it, and has not had its first step
-        self._suspect: Lease | None = None
-        self._alone = False
+        self._quarantine = Quarantine()
+        self._suspect: Lease | None = None  # the one that runs
         self._closed = False
         self._turn = asyncio.Lock()
         self._backlog = True
@@ -118,11 +125,12 @@ class Claimer:
         self._ask_due = True
         self._adopt_at = monotonic()
         self._strays_at = monotonic()
+        self._unknown: set[str] = set()
 
     async def run(self) -> NoReturn:
         """Claim and start, until cancelled."""
         self._strays_at = monotonic()  # also after a failed claim
-        self._backlog = True
+        self._backlog = self._ask_due = True
         while True:
             worker_id = await self._presence.wait()
             async with self._turn:
@@ -149,20 +157,15 @@ class Claimer:
 
     def give_back(self) -> None:
         """Release whatever was claimed and not started."""
-        if self._suspect is not None:
-            self._buffer.append(self._suspect)
-            self._suspect = None
         while self._buffer:
             self._acknowledger.put(self._buffer.popleft(), Release())
 
     def forget(self, worker_id: int) -> None:
         """Drop what was claimed in the name of *worker_id*: it was given to others."""
-        for lease in (*self._buffer, *([self._suspect] if self._suspect else [])):
+        for lease in self._buffer:
             if lease.fence.worker_id == worker_id:
                 self._acknowledger.put(lease, Lost())
         self._buffer = deque(lease for lease in self._buffer if lease.fence.worker_id != worker_id)
-        if self._suspect is not None and self._suspect.fence.worker_id == worker_id:
-            self._suspect = None
 
     async def _round(self, worker_id: int) -> float:
         """Look once, where there is reason to; return for how many seconds there is none."""
@@ -172,33 +175,38 @@ class Claimer:
         due_before = self._wakeup.next_due
         wanted = self._wakeup.take()
         self._ask_due = self._ask_due or (due_before is not None and self._wakeup.next_due is None)
-        if self._suspect is not None or self._alone:
-            self._backlog = self._backlog or wanted
-            return self._lead_suspect()
-        self._start_buffered()
-
+        self._ask_due = self._wakeup.doubted() or self._ask_due
         looking = now >= self._look_at
         wanted = wanted or looking
+        if now >= self._quarantine.look_at:
+            self._quarantine.looked(await self._store.suspects(self._groups), now)
+        if self._quarantine.may_start(now, len(self._holdings)):
+            await self._claim_suspect(worker_id)
+        now = monotonic()
+        if self._quarantine.closed(now):
+            self._backlog = True
+            self.give_back()
+            return min(self._poll_interval, max(0.001, self._quarantine.opens_at() - now))
+        self._start_buffered()
+        adopted = False
+        if now >= self._adopt_at and (room := self._room()):
+            # Half of the room: neither what was put aside nor what comes in may keep the other waiting.
+            adopted = await self._adopt(worker_id, (room + 1) // 2)
+
         room = self._room()
         if room == 0:
-            if wanted:
-                self._backlog = True  # asked for, and not looked yet
+            self._backlog = self._backlog or wanted or adopted  # asked for, and not looked yet
             await self._clear_flag(worker_id, now)
-            return self._poll_interval
+            return self._until(self._look_at + self._poll_interval)
         if not (wanted or self._backlog):
-            return max(0.0, self._look_at - monotonic())
+            return self._until(self._look_at)
 
         self._groups.append(self._groups.pop(0))  # groups take turns
         leases = await self._store.claim(worker_id, self._groups, room)
-        self._backlog = len(leases) == room
+        self._backlog = adopted or len(leases) == room
         self._take(leases)
-        if self._suspect is not None:
-            self._backlog = True
-            return 0.0
         if self._backlog:
             await self._clear_flag(worker_id, now)
-            return 0.0
-        if now >= self._adopt_at and await self._adopt(worker_id, room - len(leases)):
             return 0.0
         if self._idle_of != worker_id:
             # Flag first, look second: a publisher that saw no flag has committed by the time of that look, or is
@@ -215,16 +223,20 @@ class Claimer:
         if looking:
             self._look_at = monotonic() + next_look(monotonic() - self._flag_changed, self._poll_interval)
         if looking or self._ask_due:
-            self._ask_due = False
             clock, due = await self._store.next_due(self._groups)
+            self._ask_due = False
             self._clock.read(clock)
             if due is not None:
                 self._wakeup.due(due)
-        return max(0.0, self._look_at - monotonic())
+        return self._until(self._look_at)
+
+    def _until(self, moment: float) -> float:
+        """Return the seconds until *moment*, or until something else has to be looked for."""
+        return max(0.0, min(moment, self._quarantine.look_at, self._strays_at) - monotonic())
 
     def _room(self) -> int:
         """Return how many to claim now; zero while what is held is enough."""
-        target = self._slots + min(MAX_AHEAD, self._rate.per_second())
+        target = self._slots + min(self._ahead, self._rate.per_second())
         held = len(self._holdings)
         starved = not self._buffer and len(self._crew) < self._slots
         # In halves, so that a fast worker claims many at a time and not one for each slot that comes free.
@@ -240,32 +252,36 @@ class Claimer:
         if self._closed:
             self.give_back()
             return
-        suspects = [lease for lease in self._buffer if lease.lost]
-        if suspects or self._suspect is not None:
-            # A worker died with these in hand. One of them may be what killed it, so each runs with nothing beside
-            # it: not even other claims, or finished work whose completion is still to be written.
-            if self._suspect is None:
-                self._suspect = suspects[0]
-                self._buffer.remove(self._suspect)
-            while self._buffer:
-                self._acknowledger.put(self._buffer.popleft(), Release())
         self._start_buffered()
 
     def _start_buffered(self) -> None:
         while self._buffer and len(self._crew) < self._slots:
             self._start(self._buffer.popleft())
 
-    def _lead_suspect(self) -> float:
-        """Start the suspect as soon as nothing else is held; claim nothing until it has ended."""
-        if self._suspect is not None and len(self._holdings) == 1:
-            lease, self._suspect, self._alone = self._suspect, None, True
+    async def _claim_suspect(self, worker_id: int) -> None:
+        """Take one delivery that a worker died with, and start it with nothing beside it."""
+        leases = await self._store.claim_suspect(worker_id, self._groups)
+        if not leases:
+            self._quarantine.looked(found=False, now=monotonic())
+            return
+        self._holdings.add(leases)
+        (lease,) = leases
+        if self._closed:
+            self._acknowledger.put(lease, Release())
+        elif worker_id != self._presence.worker_id:
+            self._acknowledger.put(lease, Lost())
+        else:
+            logger.info("Event %d starts alone: a worker died with it in hand.", lease.fence.event_id)
+            self._quarantine.started(monotonic())
+            self._suspect = lease
             self._start(lease)
-        return self._poll_interval
 
     def _start(self, lease: Lease) -> None:
         self._unbegun.add(lease)
         task = self._crew.start(self._work(lease), f"pgebus-event-{lease.fence.event_id}-{lease.fence.group}")
+        # After the crew's own callback, so that the slot is free when the loop looks.
         task.add_done_callback(lambda _: self._never_begun(lease))
+        task.add_done_callback(lambda _: self._wakeup.stir())
 
     def _never_begun(self, lease: Lease) -> None:
         """Give *lease* back when its task was cancelled before its first step: then no `finally` of it has run."""
@@ -302,7 +318,9 @@ class Claimer:
         return Release() if lease.fence.worker_id == self._presence.worker_id else Lost()
 
     def _conclude(self, lease: Lease, outcome: Outcome) -> None:
-        self._alone = False
+        if lease is self._suspect:
+            self._suspect = None
+            self._quarantine.ended(monotonic())
         self._acknowledger.put(lease, outcome)
         self._wakeup.stir()
 
@@ -321,6 +339,7 @@ class Claimer:
         adopted = 0
         for group, event_type in await self._store.unhandled_types(self._groups):
             if not self._router.handlers_for(event_type, group):
+                self._mention_unknown(event_type)
                 continue
             if room <= 0:
                 adopted += 1  # more is there, once there is room
@@ -329,11 +348,18 @@ class Claimer:
             self._take(leases)
             adopted += taken
             room -= len(leases)
-            if self._suspect is not None:
-                break
         if adopted:
             self._adopt_at = monotonic()
         return adopted > 0
+
+    def _mention_unknown(self, event_type: str) -> None:
+        """Say once that a type waits: it may be another process's, or a typing error."""
+        if event_type not in self._unknown and len(self._unknown) < MAX_UNKNOWN:
+            self._unknown.add(event_type)
+            logger.warning(
+                "Events of type %r are unhandled: no handler of this process knows it. They wait for one that does.",
+                event_type,
+            )
 
     async def _clear_flag(self, worker_id: int, now: float) -> None:
         """Under backlog nobody needs to wake this worker, and a NOTIFY costs every publisher."""
@@ -349,5 +375,5 @@ class Claimer:
         if strays:
             released = await self._store.release(strays)
             if released:
-                logger.warning("%d deliveries whose claim was not answered are pending again.", len(released))
+                logger.warning("Deliveries whose claim was not answered, pending again: %d.", len(released))
             self._wakeup.look()

@@ -28,7 +28,6 @@ from pgebus._runtime.outcome import (
     Complete,
     DeadLetter,
     Failure,
-    Lost,
     Outcome,
     Reschedule,
     Unhandle,
@@ -37,7 +36,7 @@ from pgebus._runtime.outcome import (
 )
 from pgebus._runtime.statements import Statements
 from pgebus._runtime.store import driver_of
-from pgebus._runtime.supervision import DATABASE_ERRORS
+from pgebus._runtime.supervision import DATABASE_ERRORS, is_dismissed
 from pgebus.context import EventContext
 from pgebus.errors import LeaseLostError, TransactionEndedError
 from pgebus.models import Event
@@ -51,6 +50,7 @@ logger = logging.getLogger(__name__)
 REPLAYS: Final = 5
 _REPLAY_PAUSE_SECONDS: Final = 0.005
 _CLEANUP_SECONDS: Final = 5.0
+_LOGGED_CHARS: Final = 300
 # A half-open connection gives no error. The commit may have to wait: for deferred constraints, or for a standby.
 BEGIN_SECONDS: Final = 15.0
 COMMIT_SECONDS: Final = 60.0
@@ -126,18 +126,25 @@ class Dispatcher:
         Raises:
             asyncio.CancelledError: When the task was cancelled from outside; nothing of a transaction stays.
         """
+        try:
+            return await self._dispatch(lease)
+        except Exception as error:  # noqa: BLE001 - not even a bug of ours may run one delivery for ever, uncounted
+            logger.critical("Event %d could not be dispatched: this is a bug in pgebus.", lease.fence.event_id)
+            return self._failed(lease, error, None, lease.handled)
+
+    async def _dispatch(self, lease: Lease) -> Outcome:
         handlers = self._router.handlers_for(lease.type, lease.fence.group)
         if not handlers:
             return Unhandle()
-        if lease.attempt > self._policy.max_attempts:
-            # Only lost attempts lead here: a failed one would have been the last. Decided before any handler runs.
-            return DeadLetter(
-                Failure(None, "WorkerLost", f"The process died {lease.lost} times while it handled this event.")
-            )
+        if lease.lost and lease.attempt > self._policy.max_attempts:
+            # Nobody could say so when it happened: the process that ran the last attempt died in it. Where attempts
+            # are over for another reason, such as a setting that was lowered, the handlers run once more.
+            times = "once" if lease.lost == 1 else f"{lease.lost} times"
+            return self._bury(lease, "WorkerLost", f"The process died {times} while it handled this event.")
         try:
             decoded = _Decoded.of(lease)
         except (ValueError, TypeError, RecursionError) as error:
-            return DeadLetter(Failure(None, "UndecodableEvent", describe(error, None).message))
+            return self._bury(lease, "UndecodableEvent", describe(error, None).message)
         if any(handler.transactional for handler in handlers):
             return await self._in_transaction(lease, decoded, handlers)
         return await self._without(lease, decoded, handlers)
@@ -186,7 +193,7 @@ class Dispatcher:
                     raw = await driver_of(connection)
                     stack.push_async_callback(_roll_back, connection, raw)
                     with _answered(raw):
-                        await raw.execute(begin)
+                        await raw.execute(self._sql.CLEAN + begin)
             except DATABASE_ERRORS as error:
                 raise _NotBegun(error) from error
             async with dispatch_session(connection, begin=begin) as session:
@@ -220,10 +227,12 @@ class Dispatcher:
     def _after(self, lease: Lease, error: BaseException, handler: str | None) -> Outcome:
         """Decide after a transaction that failed."""
         extra = {"pgebus_event_id": lease.fence.event_id, "pgebus_group": lease.fence.group}
-        if isinstance(error, LeaseLostError):
+        if handler is None and isinstance(error, LeaseLostError):
             logger.warning("%s What its handlers did was rolled back.", error, extra=extra)
-            return Lost()
-        if isinstance(error, TransactionEndedError):
+            # Where it is lost indeed, the fence keeps this from being written. Where a handler removed its own
+            # delivery, the rollback has brought it back.
+            return decide(error, handler=None, attempt=lease.attempt, policy=self._policy, rng=self._rng)
+        if handler is None and isinstance(error, TransactionEndedError):
             logger.critical(
                 "Event %d is dead for group %r and will not run again by itself: %s",
                 lease.fence.event_id,
@@ -236,8 +245,15 @@ class Dispatcher:
             text = "A handler caught a database error and went on; PostgreSQL had aborted the transaction by then."
             return self._failed(lease, error, None, (), Failure(None, "TransactionAborted", text))
         # A connection that was lost during COMMIT leaves it open whether the commit happened. The outcome that is
-        # written next carries the fence: it waits for a commit still in progress, and finds no row after one.
+        # written next carries the fence: it is tried again during a commit still in progress, and finds no row after
+        # one.
         return self._failed(lease, error, handler, ())
+
+    def _bury(self, lease: Lease, kind: str, message: str) -> DeadLetter:
+        """Return the end of a delivery whose handlers are not even asked."""
+        decision = DeadLetter(Failure(None, kind, message))
+        _log_failure(lease, decision)
+        return decision
 
     def _failed(
         self,
@@ -285,11 +301,14 @@ async def _call(handler: Handler, context: EventContext, decoded: _Decoded) -> N
     try:
         # Each handler gets a payload of its own: what one changes in it is nobody else's business.
         await handler.function(context, json.loads(decoded.payload))
-    except asyncio.CancelledError as error:
-        if task is not None and task.cancelling():
-            raise
-        raise _HandlerFailed(handler, error) from error
-    except (Exception, SystemExit, GeneratorExit, BaseExceptionGroup) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if isinstance(error, asyncio.CancelledError):
+            if is_dismissed(task):
+                raise
+            while task is not None and task.cancelling():  # its own code did it, and the task goes on
+                task.uncancel()
         raise _HandlerFailed(handler, error) from error
 
 
@@ -330,31 +349,32 @@ async def _roll_back(connection: AsyncConnection, raw: asyncpg.Connection[asyncp
 
 
 def _log_failure(lease: Lease, decision: Reschedule | DeadLetter) -> None:
-    extra = {
-        "pgebus_event_id": lease.fence.event_id,
-        "pgebus_group": lease.fence.group,
-        "pgebus_type": lease.type,
-    }
+    failure = decision.failure
+    if failure is None:
+        return
+    where = f" in {failure.handler}" if failure.handler else ""
+    # One line of it; the rest, with the traceback, is kept in the delivery's `errors`.
+    what = f"{failure.type}: {failure.message}".partition("\n")[0][:_LOGGED_CHARS]
+    extra = {"pgebus_event_id": lease.fence.event_id, "pgebus_group": lease.fence.group, "pgebus_type": lease.type}
     if isinstance(decision, DeadLetter):
-        failure = decision.failure
         logger.error(
-            "Event %d (%s) is dead for group %r after attempt %d: %s in %s.",
+            "Event %d (%s) is dead for group %r after attempt %d%s: %s",
             lease.fence.event_id,
             lease.type,
             lease.fence.group,
             lease.attempt,
-            failure.type,
-            failure.handler,
+            where,
+            what,
             extra=extra,
         )
-    elif decision.failure is not None:
+    else:
         logger.warning(
-            "Event %d (%s) failed in attempt %d: %s in %s; again in %.1f s.",
+            "Event %d (%s) failed in attempt %d%s, and is tried again in %.1f s: %s",
             lease.fence.event_id,
             lease.type,
             lease.attempt,
-            decision.failure.type,
-            decision.failure.handler,
+            where,
             decision.delay / timedelta(seconds=1),
+            what,
             extra=extra,
         )

@@ -44,6 +44,11 @@ def is_replayable(error: BaseException) -> bool:
     return state in REPLAYABLE
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Return whether PostgreSQL will say the same again: the data is wrong (22) or breaks a constraint (23)."""
+    return isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "").startswith(("22", "23"))
+
+
 def is_disconnect(error: BaseException) -> bool:
     """Return whether the connection is gone, so that nobody knows what became of the last statement."""
     if isinstance(error, DBAPIError):

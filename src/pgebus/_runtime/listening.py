@@ -30,11 +30,13 @@ logger = logging.getLogger(__name__)
 # A half-open connection is deaf without an error. Beat and answer together bound how long that can last.
 BEAT_SECONDS: Final = 4.0
 ANSWER_SECONDS: Final = 5.0
+_SLICES: Final = 10
 
 # So that the server, too, notices within seconds that we are gone, and lets go of the lock. A unix socket ignores them.
 _KEEPALIVE: Final = (
     "SET tcp_keepalives_idle = 2; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3; "
     "SET tcp_user_timeout = 8000; SET statement_timeout = 0; SET lock_timeout = 0; "
+    "SET default_transaction_read_only = off; "
     # Before PostgreSQL 14 there is none.
     "SELECT set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'idle_session_timeout'"
 )
@@ -108,7 +110,7 @@ class Listener:
                 self._presence.arrive()
                 self._health.well()
                 # Only now: what was notified between two connections was notified to nobody.
-                self._wakeup.look()
+                self._wakeup.doubt()
                 while not lost.is_set():
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(lost.wait(), BEAT_SECONDS)
@@ -134,9 +136,19 @@ class Listener:
         self._wakeup.notified(str(payload))
 
     async def _beat(self, raw: asyncpg.Connection[asyncpg.Record]) -> None:
-        async with asyncio.timeout(ANSWER_SECONDS):
-            if not await raw.fetchval(self._sql.beat, self._channel):
-                raise ConnectionError("The LISTEN connection answers, but it no longer listens.")
+        answer = asyncio.ensure_future(raw.fetchval(self._sql.beat, self._channel))
+        # Not a timeout() around it, and in slices: a handler that blocks the loop uses up one slice, however long it
+        # takes, and in the others the answer can still arrive.
+        try:
+            for _ in range(_SLICES):
+                if not answer.done():
+                    await asyncio.wait([answer], timeout=ANSWER_SECONDS / _SLICES)
+        finally:
+            answer.cancel()
+        if not answer.done() or answer.cancelled():
+            raise TimeoutError("The LISTEN connection does not answer.")
+        if not answer.result():
+            raise ConnectionError("The LISTEN connection answers, but it no longer listens.")
         self._health.well()
 
     async def _take_lock(self, raw: asyncpg.Connection[asyncpg.Record]) -> None:

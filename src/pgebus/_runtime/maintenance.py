@@ -13,6 +13,7 @@ from typing import Final, NoReturn
 
 import asyncpg
 
+from pgebus._runtime.faults import is_disconnect
 from pgebus._runtime.presence import Presence
 from pgebus._runtime.store import Store
 from pgebus.health import LoopHealth
@@ -25,6 +26,7 @@ LOOK_SECONDS: Final = 1.0
 FRESH_SERVER_GRACE_SECONDS: Final = 10.0
 PRUNE_SECONDS: Final = 60.0
 PRUNE_BATCH: Final = 1_000
+SUBSCRIBE_SECONDS: Final = 30.0
 
 
 class Coroner:
@@ -108,32 +110,47 @@ class Maintenance:
         self._learned = learned
         self._health = health
         self._subscribed_version: int | None = None
+        self._subscribe_at = monotonic()
         self._prune_at = monotonic() + PRUNE_SECONDS
 
     async def run(self) -> NoReturn:
         """Do a round each second."""
-        self._coroner.blinded()
+        # The tables may have been made anew since the last failure.
+        self._subscribe_at = monotonic()
         while True:
-            await self.subscribe()
-            await self._recover()
-            if await self._store.sweep():
-                self._look()
-            if monotonic() >= self._prune_at:
-                await self._prune()
+            try:
+                await self._round()
+            except asyncpg.PostgresError as error:
+                if is_disconnect(error):
+                    self._coroner.blinded()
+                raise
+            except BaseException:
+                self._coroner.blinded()
+                raise
             self._health.well()
             await asyncio.sleep(LOOK_SECONDS)
 
+    async def _round(self) -> None:
+        await self._recover()
+        await self.subscribe()
+        if await self._store.sweep():
+            self._look()
+        if monotonic() >= self._prune_at:
+            await self._prune()
+
     async def subscribe(self) -> None:
-        """Write the subscriptions of all handlers; again when one was registered since."""
+        """Write the subscriptions of all handlers; again when one was registered since, and once in a while."""
         version = self._router.version
-        if version == self._subscribed_version:
+        late = self._subscribed_version not in (None, version)
+        if version == self._subscribed_version and monotonic() < self._subscribe_at:
             return
         patterns = [(route.handler.group, route.pattern) for route in self._router.routes()]
         if patterns:
             await self._store.subscribe(patterns)
-        if self._subscribed_version is not None:
-            self._learned()
         self._subscribed_version = version
+        self._subscribe_at = monotonic() + SUBSCRIBE_SECONDS
+        if late:
+            self._learned()
 
     async def _recover(self) -> None:
         rows: list[asyncpg.Record] = await self._store.owners()
@@ -147,7 +164,7 @@ class Maintenance:
             return
         if count := await self._store.recover(dead):
             logger.warning(
-                "%d deliveries of %d dead workers are pending again.",
+                "Deliveries recovered from workers that are gone, and pending again: %d (workers: %d).",
                 count,
                 len(dead),
                 extra={"pgebus_dead_workers": dead},

@@ -27,6 +27,14 @@ class Failure:
     message: str
     traceback: str | None = None
 
+    def in_ascii(self) -> Failure:
+        """Return the same, with every other character replaced."""
+
+        def plain(text: str | None) -> str | None:
+            return None if text is None else text.encode("ascii", "replace").decode()
+
+        return Failure(plain(self.handler), plain(self.type) or "", plain(self.message) or "", plain(self.traceback))
+
     def entry(self, *, attempt: int, worker_id: int) -> dict[str, Any]:
         """Return the entry as JSON; the database adds the time."""
         return {

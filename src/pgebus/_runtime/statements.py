@@ -26,9 +26,6 @@ _EVENT = """d.type AS delivery_type, d.key AS delivery_key, e.id, e.type, e.chan
 _LEASE = """d.event_id, d.consumer_group, d.status, d.claim_seq, d.attempt, d.lost, d.handled, d.priority AS lane,
     extract(epoch FROM d.due_at) AS due"""
 
-_FENCE = """d.event_id = $1::bigint AND d.consumer_group = $2::text AND d.claim_seq = $3::integer
-    AND d.worker_id = $4::bigint AND d.status = 'running'"""
-
 # $5 is the entry as JSON, or NULL. "[last - 4 to last]" of a shorter array is all of it.
 _ERRORS = f"""CASE WHEN $5::jsonb IS NULL THEN d.errors ELSE jsonb_path_query_array(
       coalesce(d.errors, '[]') || jsonb_build_array(jsonb_build_object('at', clock_timestamp()) || $5::jsonb),
@@ -40,29 +37,35 @@ class Statements:
 
     Args:
         schema: Its name, not quoted.
+        selected: What a claim returns besides our own columns of the event: text that begins with a comma, or nothing.
     """
 
-    def __init__(self, schema: str) -> None:
+    def __init__(self, schema: str, selected: str = "") -> None:
         self.schema: Final = schema
         s = quote_identifier(schema)
 
         # What has left the head of its key lets the next one in. The caller's CTE `done` has (channel, consumer_group,
-        # key, promotes). Other workers are told only when one of them sleeps; this one looks again by itself.
-        promoted = f"""promoted AS (
-  UPDATE {s}.deliveries n SET status = 'pending' FROM (
-    SELECT x.event_id, x.consumer_group FROM done CROSS JOIN LATERAL (
-      SELECT b.event_id, b.consumer_group FROM {s}.deliveries b
-      WHERE done.promotes AND b.status = 'blocked' AND b.channel = done.channel
-        AND b.consumer_group = done.consumer_group AND b.key = done.key
-      ORDER BY b.event_id LIMIT 1) x) nx
-  WHERE n.event_id = nx.event_id AND n.consumer_group = nx.consumer_group AND n.status = 'blocked'
-  RETURNING n.channel
+        # key, promotes). Other workers are told only when one of them sleeps; this one looks again by itself. A row
+        # that somebody has locked must not hold up this one: it is left to the sweep, and not passed over.
+        promoted = f"""heir AS MATERIALIZED (
+  SELECT f.place FROM done CROSS JOIN LATERAL (
+    SELECT b.event_id, b.consumer_group FROM {s}.deliveries b
+    WHERE done.promotes AND b.status = 'blocked' AND b.channel = done.channel
+      AND b.consumer_group = done.consumer_group AND b.key = done.key
+    ORDER BY b.event_id LIMIT 1) nx
+  CROSS JOIN LATERAL (
+    SELECT n.ctid AS place FROM {s}.deliveries n
+    WHERE n.event_id = nx.event_id AND n.consumer_group = nx.consumer_group AND n.status = 'blocked'
+    ORDER BY n.event_id LIMIT 1 FOR UPDATE SKIP LOCKED) f
+), promoted AS (
+  UPDATE {s}.deliveries n SET status = 'pending' FROM heir WHERE n.ctid = heir.place RETURNING n.channel
 ), told AS MATERIALIZED (
   SELECT pg_notify(p.channel, '') FROM (SELECT DISTINCT channel FROM promoted) p
   WHERE EXISTS (SELECT FROM {s}.workers w WHERE w.idle AND w.channel = p.channel)
 )"""
 
-        # Rows of several leases, locked in one order so that two batches can't deadlock.
+        # Rows of several leases, locked in one order so that two batches can't deadlock. A row that somebody has locked
+        # by hand must not hold up the others.
         # $1 event ids, $2 groups, $3 claim_seqs, sorted by (event, group); $4 worker.
         held = f"""held AS MATERIALIZED (
   SELECT h.place FROM unnest($1::bigint[], $2::text[], $3::integer[]) u(event_id, consumer_group, claim_seq)
@@ -70,15 +73,21 @@ class Statements:
     SELECT d.ctid AS place FROM {s}.deliveries d
     WHERE d.event_id = u.event_id AND d.consumer_group = u.consumer_group AND d.claim_seq = u.claim_seq
       AND d.worker_id = $4::bigint AND d.status = 'running'
-    ORDER BY d.event_id LIMIT 1 FOR UPDATE) h
+    ORDER BY d.event_id LIMIT 1 FOR UPDATE SKIP LOCKED) h
 )"""
+
+        # The same for one lease: $1 to $4 its fence.
+        fence = f"""d.ctid = (
+    SELECT f.ctid FROM {s}.deliveries f
+    WHERE f.event_id = $1::bigint AND f.consumer_group = $2::text AND f.claim_seq = $3::integer
+      AND f.worker_id = $4::bigint AND f.status = 'running' FOR UPDATE SKIP LOCKED)"""
 
         # Claim what is due: $1 worker, $2 channel, $3 groups in the order of their turn, $4 limit. One lane for each
         # group and priority: a lane ends at its first row that is not due yet, so rows for tomorrow are never walked.
         # The rows are locked, so the update may find them by place; by primary key a planner without statistics
         # would join the whole table. LEFT JOIN: a delivery whose event is gone must be seen, or it would fill its
         # lane for ever.
-        self.claim: Final = f"""
+        claim = f"""
 WITH lane AS MATERIALIZED (
   SELECT g.consumer_group, p.level
   FROM unnest($3::text[]) WITH ORDINALITY AS u(name, ord)
@@ -91,7 +100,7 @@ WITH lane AS MATERIALIZED (
     SELECT d.ctid AS place, d.event_id
     FROM {s}.deliveries d
     WHERE d.status = 'pending' AND d.channel = $2 AND d.consumer_group = lane.consumer_group
-      AND d.priority = lane.level AND d.due_at <= now()
+      AND d.priority = lane.level AND d.due_at <= now() AND d.lost {{lost}} 0
       AND (d.key IS NULL OR (
             SELECT p.event_id FROM {s}.deliveries p
             WHERE p.channel = d.channel AND p.consumer_group = d.consumer_group AND p.key = d.key
@@ -107,7 +116,22 @@ SET status = 'running', worker_id = $1::bigint, claimed_at = clock_timestamp(), 
     claim_seq = d.claim_seq + 1
 FROM due LEFT JOIN {s}.events e ON e.id = due.event_id
 WHERE d.ctid = due.place
-RETURNING {_LEASE}, {_EVENT}"""
+RETURNING {_LEASE}, {_EVENT}{selected}"""
+        self.claim: Final = claim.replace("{lost}", "=")
+        # A delivery in whose hands a worker died is taken one at a time, by a worker that can run it alone.
+        self.claim_suspect: Final = claim.replace("{lost}", ">")
+        # Whether such a delivery is due: $1 channel, $2 groups. It has an index of its own.
+        self.suspects: Final = f"""
+SELECT EXISTS (SELECT FROM {s}.deliveries d JOIN {s}.consumer_groups g USING (channel, consumer_group)
+  WHERE d.status = 'pending' AND d.lost > 0 AND d.channel = $1::text AND d.consumer_group = ANY ($2::text[])
+    AND d.due_at <= now() AND g.paused_at IS NULL)"""
+
+        # Which of the leases still have their fence: $1 to $4 as in `held`. What `held` skipped is theirs, and locked.
+        self.still_held: Final = f"""
+SELECT d.event_id, d.consumer_group FROM {s}.deliveries d
+JOIN unnest($1::bigint[], $2::text[], $3::integer[]) u(event_id, consumer_group, claim_seq)
+  ON d.event_id = u.event_id AND d.consumer_group = u.consumer_group AND d.claim_seq = u.claim_seq
+WHERE d.worker_id = $4::bigint AND d.status = 'running'"""
 
         # Complete any number: $1 to $4 as in `held`. Returns the leases whose fence held.
         self.complete: Final = f"""
@@ -133,8 +157,8 @@ SELECT done.event_id, done.consumer_group FROM done, (SELECT count(*) FROM told)
 WITH done AS (
   UPDATE {s}.deliveries d
   SET status = 'pending', due_at = clock_timestamp() + make_interval(secs => $6::double precision), worker_id = NULL,
-      claimed_at = NULL, attempt = d.attempt - $7::integer, handled = $8::text[], errors = {_ERRORS}
-  WHERE {_FENCE}
+      claimed_at = NULL, attempt = greatest(d.attempt - $7::integer, 0), handled = $8::text[], errors = {_ERRORS}
+  WHERE {fence}
   RETURNING d.channel, d.due_at
 ), told AS MATERIALIZED (
   SELECT pg_notify(done.channel, extract(epoch FROM done.due_at)::text) FROM done
@@ -150,7 +174,7 @@ WITH done AS (
       errors = {_ERRORS}, holds_key = d.key IS NOT NULL AND coalesce((
         SELECT g.dead_holds_key FROM {s}.consumer_groups g
         WHERE g.channel = d.channel AND g.consumer_group = d.consumer_group), false)
-  WHERE {_FENCE}
+  WHERE {fence}
   RETURNING d.channel, d.consumer_group, d.key, d.key IS NOT NULL AND NOT d.holds_key AS promotes
 ), {promoted}
 SELECT (SELECT count(*) FROM done) AS rows, (SELECT count(*) FROM told) AS told"""
@@ -159,8 +183,8 @@ SELECT (SELECT count(*) FROM done) AS rows, (SELECT count(*) FROM told) AS told"
         self.unhandle: Final = f"""
 WITH done AS (
   UPDATE {s}.deliveries d
-  SET status = 'unhandled', worker_id = NULL, claimed_at = NULL, attempt = d.attempt - 1
-  WHERE {_FENCE}
+  SET status = 'unhandled', worker_id = NULL, claimed_at = NULL, attempt = greatest(d.attempt - 1, 0)
+  WHERE {fence}
   RETURNING d.channel, d.consumer_group, d.key, d.key IS NOT NULL AS promotes
 ), {promoted}
 SELECT (SELECT count(*) FROM done) AS rows, (SELECT count(*) FROM told) AS told"""
@@ -168,7 +192,8 @@ SELECT (SELECT count(*) FROM done) AS rows, (SELECT count(*) FROM told) AS told"
         # Give leases back uncounted, in their old place in the line: $1 to $4 as in `held`.
         self.release: Final = f"""
 WITH {held}, done AS (
-  UPDATE {s}.deliveries d SET status = 'pending', worker_id = NULL, claimed_at = NULL, attempt = d.attempt - 1
+  UPDATE {s}.deliveries d
+  SET status = 'pending', worker_id = NULL, claimed_at = NULL, attempt = greatest(d.attempt - 1, 0)
   FROM held WHERE d.ctid = held.place
   RETURNING d.event_id, d.consumer_group, d.channel
 ), told AS MATERIALIZED (SELECT pg_notify(c.channel, '') FROM (SELECT DISTINCT channel FROM done) c)
@@ -199,7 +224,8 @@ SELECT consumer_group, type FROM t LIMIT 10000"""
         self.adopt: Final = f"""
 WITH due AS MATERIALIZED (
   SELECT d.ctid AS place, d.event_id,
-         CASE WHEN d.key IS NOT NULL THEN 'blocked' WHEN d.due_at > now() THEN 'pending' ELSE 'running' END AS status
+         CASE WHEN d.key IS NOT NULL THEN 'blocked' WHEN d.due_at > now() OR d.lost > 0 THEN 'pending'
+              ELSE 'running' END AS status
   FROM {s}.deliveries d
   WHERE d.status = 'unhandled' AND d.channel = $2::text AND d.consumer_group = $3::text AND d.type = $4::text
   ORDER BY d.event_id LIMIT $5::integer FOR UPDATE SKIP LOCKED
@@ -212,7 +238,7 @@ SET status = due.status,
     claim_seq = d.claim_seq + CASE WHEN due.status = 'running' THEN 1 ELSE 0 END
 FROM due LEFT JOIN {s}.events e ON e.id = due.event_id
 WHERE d.ctid = due.place
-RETURNING {_LEASE}, {_EVENT}"""
+RETURNING {_LEASE}, {_EVENT}{selected}"""
 
         # Seconds until something is due, NULL when nothing waits, and the database's clock: $1 channel, $2 groups.
         self.next_due: Final = f"""
@@ -235,18 +261,21 @@ WITH RECURSIVE k AS (
     SELECT d.channel, d.consumer_group, d.key FROM {s}.deliveries d
     WHERE d.status = 'blocked' AND (d.channel, d.consumer_group, d.key) > (k.channel, k.consumer_group, k.key)
     ORDER BY d.channel, d.consumer_group, d.key LIMIT 1) n
+), heads AS MATERIALIZED (
+  SELECT b.event_id, b.consumer_group FROM k CROSS JOIN LATERAL (
+    SELECT b.event_id, b.consumer_group FROM {s}.deliveries b
+    WHERE b.status = 'blocked' AND b.channel = k.channel AND b.consumer_group = k.consumer_group AND b.key = k.key
+    ORDER BY b.event_id LIMIT 1) b
+  WHERE (SELECT p.event_id FROM {s}.deliveries p
+         WHERE p.channel = k.channel AND p.consumer_group = k.consumer_group AND p.key = k.key
+           AND (p.status IN ('pending', 'running') OR p.holds_key)
+         ORDER BY p.event_id LIMIT 1) IS NULL
+), free AS MATERIALIZED (
+  -- the first of a key or none: passing over it to the second would be another order
+  SELECT d.ctid AS place FROM {s}.deliveries d JOIN heads h USING (event_id, consumer_group)
+  WHERE d.status = 'blocked' ORDER BY d.event_id, d.consumer_group FOR UPDATE OF d SKIP LOCKED
 ), done AS (
-  UPDATE {s}.deliveries n SET status = 'pending' FROM (
-    SELECT b.event_id, b.consumer_group FROM k CROSS JOIN LATERAL (
-      SELECT b.event_id, b.consumer_group FROM {s}.deliveries b
-      WHERE b.status = 'blocked' AND b.channel = k.channel AND b.consumer_group = k.consumer_group AND b.key = k.key
-      ORDER BY b.event_id LIMIT 1) b
-    WHERE (SELECT p.event_id FROM {s}.deliveries p
-           WHERE p.channel = k.channel AND p.consumer_group = k.consumer_group AND p.key = k.key
-             AND (p.status IN ('pending', 'running') OR p.holds_key)
-           ORDER BY p.event_id LIMIT 1) IS NULL) nx
-  WHERE n.event_id = nx.event_id AND n.consumer_group = nx.consumer_group AND n.status = 'blocked'
-  RETURNING n.channel
+  UPDATE {s}.deliveries n SET status = 'pending' FROM free WHERE n.ctid = free.place RETURNING n.channel
 )
 SELECT pg_notify(c.channel, '') FROM (SELECT DISTINCT channel FROM done) c"""
 
@@ -300,7 +329,9 @@ SELECT pid, backend_start FROM pg_catalog.pg_stat_activity WHERE pid = pg_backen
 SELECT EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
     AND l.classid = ($1::bigint >> 32)::oid AND l.objid = ($1::bigint & 4294967295)::oid AND l.pid = $2::integer)"""
         self.notify: Final = "SELECT pg_notify($1::text, $2::text)"
-        self.set_idle: Final = f"UPDATE {s}.workers SET idle = $2::boolean WHERE id = $1::bigint AND idle <> $2"
+        self.set_idle: Final = (
+            f"UPDATE {s}.workers SET idle = $2::boolean WHERE id = $1::bigint AND idle <> $2 AND ended_at IS NULL"
+        )
         self.sign_off: Final = f"""
 UPDATE {s}.workers SET ended_at = clock_timestamp(), idle = false WHERE id = $1::bigint AND ended_at IS NULL"""
 
@@ -335,11 +366,22 @@ DELETE FROM {s}.workers w WHERE w.ended_at < now() - interval '1 day'
 SELECT EXISTS (SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
   WHERE n.nspname = $1::text AND p.proname = 'schema_version' AND p.pronargs = 0)"""
         self.version: Final = f"SELECT {s}.schema_version()"
+        # The columns of the events: $1 schema.
+        self.event_columns: Final = """
+SELECT a.attname FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid
+  JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = $1::text AND c.relname = 'events' AND a.attnum > 0 AND NOT a.attisdropped"""
+
+    # What an earlier delivery may have left on the connection: settings, a role, session-level advisory locks. In a
+    # transaction of its own, or a later ROLLBACK would bring the settings back.
+    CLEAN: Final = (
+        "BEGIN; RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL; SELECT pg_advisory_unlock_all(); COMMIT; "
+    )
 
     @staticmethod
     def begin(isolation_level: str, marker: str) -> str:
         """Return the message that opens the handlers' transaction; *marker* dies with any COMMIT or ROLLBACK."""
-        return f"BEGIN ISOLATION LEVEL {isolation_level}; SET LOCAL pgebus.tx = {quote_literal(marker)}"
+        return f"BEGIN ISOLATION LEVEL {isolation_level} READ WRITE; SET LOCAL pgebus.tx = {quote_literal(marker)}"
 
     def end(self, event_id: int, group: str, claim_seq: int, worker_id: int, marker: str) -> str:
         """Return the message that completes a delivery and commits: all of it, or nothing.
@@ -347,6 +389,7 @@ SELECT EXISTS (SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n O
         One message, so no second round trip; the simple protocol that allows it knows no parameters.
         """
         return (
-            f"SELECT {quote_identifier(self.schema)}.complete({event_id:d}, {quote_literal(group)}, {claim_seq:d}, "
-            f"{worker_id:d}, {quote_literal(marker)}); COMMIT"
+            # A handler may have taken another role for its statements; the completion is ours.
+            f"RESET ROLE; SELECT {quote_identifier(self.schema)}.complete({event_id:d}, {quote_literal(group)}, "
+            f"{claim_seq:d}, {worker_id:d}, {quote_literal(marker)}); COMMIT"
         )

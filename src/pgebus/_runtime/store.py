@@ -15,6 +15,7 @@ from typing import Any, Final
 import asyncpg
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from pgebus._runtime.events import selected_columns
 from pgebus._runtime.faults import is_disconnect
 from pgebus._runtime.leases import Fence, Lease
 from pgebus._runtime.outcome import Failure
@@ -110,19 +111,41 @@ class Store:
         self._line = line
         self._sql = statements
         self._channel = channel
+        self._selected = ""
+
+    def _claiming(self) -> Statements:
+        """Return the statements with the columns of all subclasses of Event, also of one that was defined just now."""
+        selected = selected_columns()
+        if selected != self._selected:
+            self._sql = Statements(self._sql.schema, selected)
+            self._selected = selected
+        return self._sql
 
     async def claim(self, worker_id: int, groups: Sequence[str], limit: int) -> list[Lease]:
         """Claim up to *limit* due deliveries, in the order in which they should start.
 
         When this raises, deliveries may have been claimed all the same: see `strays()`.
         """
-        rows = await self._line.fetch(self._sql.claim, worker_id, self._channel, list(groups), limit)
+        rows = await self._line.fetch(self._claiming().claim, worker_id, self._channel, list(groups), limit)
         rows.sort(key=lambda row: (row["lane"], row["due"], row["event_id"]))
         return [Lease.from_row(row, worker_id) for row in rows]
 
+    async def claim_suspect(self, worker_id: int, groups: Sequence[str]) -> list[Lease]:
+        """Claim one due delivery in whose hands a worker died, if there is one."""
+        rows = await self._line.fetch(self._claiming().claim_suspect, worker_id, self._channel, list(groups), 1)
+        return [Lease.from_row(row, worker_id) for row in rows]
+
+    async def suspects(self, groups: Sequence[str]) -> bool:
+        """Return whether such a delivery is due."""
+        return bool(await self._line.value(self._sql.suspects, self._channel, list(groups)))
+
+    async def still_held(self, fences: Iterable[Fence]) -> set[tuple[int, str]]:
+        """Return (event id, group) of those *fences*, all of one worker, that still hold."""
+        return await self._batch(self._sql.still_held, list(fences))
+
     async def adopt(self, worker_id: int, group: str, event_type: str, limit: int) -> tuple[int, list[Lease]]:
         """Take up to *limit* unhandled deliveries of one type; return how many, and the leases of those to run now."""
-        rows = await self._line.fetch(self._sql.adopt, worker_id, self._channel, group, event_type, limit)
+        rows = await self._line.fetch(self._claiming().adopt, worker_id, self._channel, group, event_type, limit)
         rows.sort(key=lambda row: row["event_id"])
         return len(rows), [Lease.from_row(row, worker_id) for row in rows if row["status"] == "running"]
 

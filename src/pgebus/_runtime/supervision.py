@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final, NoReturn
+from weakref import WeakSet
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError
@@ -157,6 +158,14 @@ class Loops:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
 
+_dismissed: WeakSet[asyncio.Task[Any]] = WeakSet()
+
+
+def is_dismissed(task: asyncio.Task[Any] | None) -> bool:
+    """Return whether it was the crew that cancelled *task*, and not the handler's own code."""
+    return task in _dismissed
+
+
 class Crew:
     """The tasks of the deliveries that run now."""
 
@@ -186,6 +195,7 @@ class Crew:
     def cancel(self) -> None:
         """Ask all of them to end."""
         for task in tuple(self._tasks):
+            _dismissed.add(task)
             task.cancel()
 
     def _ended(self, task: asyncio.Task[None]) -> None:

@@ -51,12 +51,23 @@ class Wakeup:
         self._clock = clock
         self._flag = asyncio.Event()
         self._wanted = True
+        self._doubted = False
         self.next_due: float | None = None
 
     def look(self) -> None:
         """There may be work: look at once."""
         self._wanted = True
         self._flag.set()
+
+    def doubt(self) -> None:
+        """Notifications may have been missed: look, and ask anew what is due next."""
+        self._doubted = True
+        self.look()
+
+    def doubted(self) -> bool:
+        """Return whether that was so, and forget it."""
+        doubted, self._doubted = self._doubted, False
+        return doubted
 
     def stir(self) -> None:
         """Something in this process changed, a slot for example; there is no reason to ask the database for it."""

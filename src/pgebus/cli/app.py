@@ -1,14 +1,18 @@
 """The commands, and what they say when something is wrong.
 
-The work itself is done elsewhere: `pgebus.migrations` migrates, `pgebus.cli.demo` tells the story.
+The work itself is done elsewhere: `pgebus.migrations` migrates, `pgebus.drift` compares, `pgebus.cli.demo` tells
+the story.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from io import TextIOWrapper
 from typing import Annotated, Final, NoReturn
 
@@ -20,6 +24,7 @@ from sqlalchemy import URL
 from sqlalchemy.exc import DBAPIError
 
 from pgebus import ConfigurationError, DatabaseSettings, PgebusError, Settings, __version__
+from pgebus.drift import find_drift
 from pgebus.embedded import EmbeddedPostgres
 from pgebus.migrations import upgrade
 
@@ -83,6 +88,34 @@ def migrate(
     with _database_errors_as_messages(database):
         upgrade(database, revision)
     typer.echo(f"{_place(database.sqlalchemy_url())}: schema {database.schema_name!r} is migrated to {revision}.")
+
+
+@app.command()
+def check(
+    as_json: Annotated[bool, typer.Option("--json", help="Write the differences as JSON.")] = False,
+) -> None:
+    """Say what differs between the tables and those that this release makes.
+
+    What an application has added is no difference. Exit status: 0 no
+    difference, 1 some, or it could not be found out, 2 the command line or
+    the settings are wrong.
+
+    The copy that it compares with is made in a transaction that is rolled
+    back. Where to look: as for `pgebus migrate`.
+    """
+    database = Settings().database
+    with _database_errors_as_messages(database):
+        differences = asyncio.run(find_drift(database))
+    if as_json:
+        found = {"schema": database.schema_name, "differences": [asdict(difference) for difference in differences]}
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        for difference in differences:
+            typer.echo(str(difference))
+        schema = f"{_place(database.sqlalchemy_url())}: schema {database.schema_name!r}"
+        count = "1 difference" if len(differences) == 1 else f"{len(differences) or 'no'} differences"
+        typer.echo(f"{schema}: {count} from what pgebus {__version__} makes.")
+    raise typer.Exit(FAILED if differences else 0)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from sqlalchemy.pool import NullPool
 from pgebus.database import make_engine
 from pgebus.errors import StateError
 from pgebus.migrations import place
-from pgebus.models import metadata
+from pgebus.schemas import metadata_for
 from pgebus.settings import DatabaseSettings, Settings
 
 config = context.config
@@ -30,16 +30,6 @@ def database_settings() -> DatabaseSettings:
     """Return the caller's settings, else those of the environment."""
     given = config.attributes.get("pgebus_settings")
     return given if isinstance(given, DatabaseSettings) else Settings().database
-
-
-def metadata_in(schema: str) -> sa.MetaData:
-    """Return our tables as they are in *schema*: no translate map reaches what autogenerate compares."""
-    if schema == metadata.schema:
-        return metadata
-    renamed = sa.MetaData(naming_convention=metadata.naming_convention)
-    for table in metadata.sorted_tables:
-        table.to_metadata(renamed, schema=schema)
-    return renamed
 
 
 def is_ours(name: str | None, kind: str, parents: MutableMapping[Any, str | None]) -> bool:
@@ -136,7 +126,7 @@ if config.cmd_opts is not None and config.config_file_name is not None and confi
 
 config.attributes[place.SCHEMA_OPTION] = place.chosen_schema() or database_settings().schema_name
 schema = place.schema_name()
-target = metadata_in(schema)
+target = metadata_for(schema)
 if context.is_offline_mode():
     migrate_offline()
 else:

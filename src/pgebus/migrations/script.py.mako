@@ -8,6 +8,7 @@ from alembic import op
 ${imports if imports else ""}
 from pgebus.migrations.place import execute
 
+# Ours begin with `pgebus_`: alembic revision --rev-id pgebus_0002 …
 revision = ${repr(up_revision)}
 down_revision: str | None = ${repr(down_revision)}
 # The newest revision alone carries the label: take it away from the one before.

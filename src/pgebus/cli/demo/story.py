@@ -113,7 +113,10 @@ async def fail_twice(stage: Stage, order_id: int) -> None:
 async def end_dead(stage: Stage, order_id: int) -> None:
     """Publish an event that can never be handled."""
     stage.screen.step("What can't be handled is kept, not lost")
-    stage.screen.say("A customer has moved to a postcode that does not exist. No retry can mend that.")
+    stage.screen.say(
+        "A customer has moved to a postcode that does not exist. The bus cannot know that, so it tries as often as it "
+        "was told to."
+    )
     async with stage.sessions.session() as session:
         payload = {"order_id": order_id, "postcode": "0000X"}
         event = await publish_event(session, "order.address_changed", payload, CHANNEL)

@@ -130,6 +130,9 @@ CREATE TABLE {schema}.deliveries (
 """,
     "CREATE INDEX ix_deliveries_due ON {schema}.deliveries"
     " (channel, consumer_group, priority, due_at, event_id) WHERE status = 'pending'",
+    # Deliveries that a worker died with are few, and are claimed apart from the others.
+    "CREATE INDEX ix_deliveries_suspect ON {schema}.deliveries"
+    " (channel, consumer_group, priority, due_at, event_id) WHERE status = 'pending' AND lost > 0",
     "CREATE INDEX ix_deliveries_running ON {schema}.deliveries (worker_id, event_id) WHERE status = 'running'",
     "CREATE INDEX ix_deliveries_unhandled ON {schema}.deliveries (channel, consumer_group, type, event_id)"
     " WHERE status = 'unhandled'",
@@ -210,6 +213,16 @@ BEGIN
 END $pgebus$
 """
 
+# Without it, deliveries would outlive their events, and stand in the way of events that get the same ids again.
+FORGET_ALL: Final = """
+CREATE FUNCTION {schema}.forget_all() RETURNS trigger LANGUAGE plpgsql
+SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $pgebus$
+BEGIN
+  TRUNCATE {schema}.deliveries;
+  RETURN NULL;
+END $pgebus$
+"""
+
 # The last statement of the handlers' transaction. The marker is a SET LOCAL of that transaction: when it is
 # gone, what the handlers wrote was committed or rolled back behind the guard. A function, because it must be
 # able to fail: a bare UPDATE that finds no row would let the COMMIT behind it, sent in the same message, go
@@ -256,9 +269,12 @@ FUNCTIONS: Final = (
     FORGET,
     "CREATE TRIGGER forget AFTER DELETE ON {schema}.events REFERENCING OLD TABLE AS old_events"
     " FOR EACH STATEMENT EXECUTE FUNCTION {schema}.forget()",
+    FORGET_ALL,
+    "CREATE TRIGGER forget_all AFTER TRUNCATE ON {schema}.events"
+    " FOR EACH STATEMENT EXECUTE FUNCTION {schema}.forget_all()",
     COMPLETE,
     # Owned by the tables' owner, they would let anybody write deliveries from a table of his own.
-    "REVOKE ALL ON FUNCTION {schema}.fan_out(), {schema}.forget() FROM PUBLIC",
+    "REVOKE ALL ON FUNCTION {schema}.fan_out(), {schema}.forget(), {schema}.forget_all() FROM PUBLIC",
     "CREATE FUNCTION {schema}.schema_version() RETURNS integer LANGUAGE sql IMMUTABLE AS 'SELECT 1'",
 )
 
@@ -278,7 +294,7 @@ def downgrade() -> None:
         migration,
         "DROP TABLE {schema}.deliveries, {schema}.workers, {schema}.subscriptions, {schema}.consumer_groups,"
         " {schema}.events",
-        "DROP FUNCTION {schema}.fan_out(), {schema}.forget(), {schema}.schema_version(),"
+        "DROP FUNCTION {schema}.fan_out(), {schema}.forget(), {schema}.forget_all(), {schema}.schema_version(),"
         " {schema}.complete(bigint, text, integer, bigint, text)",
     )
     drop_schema_if_empty(migration)

@@ -1,0 +1,122 @@
+"""Autogenerate in an application's environment: its own changes, all of them, and nothing of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import Server
+from tests.postgres.hosts import MODELS, SUBCLASS, CommandError, Host
+from tests.system.bus import Sql
+
+from pgebus.migrations import upgrade
+from pgebus.settings import DatabaseSettings
+
+BOTH = "[models.Base.metadata, models.pgebus.metadata]"
+
+
+@pytest.fixture
+def host(tmp_path: Path, empty_database: DatabaseSettings) -> Iterator[Host]:
+    with Host(tmp_path, "generic", empty_database) as host:
+        yield host
+
+
+@pytest.fixture
+async def sql(server: Server, empty_database: DatabaseSettings) -> Any:
+    connection = await server.connect(empty_database.sqlalchemy_url().database)
+    yield connection
+    await connection.close()
+
+
+def is_clean(host: Host) -> bool:
+    return "No new upgrade operations" in host.alembic("check")
+
+
+def differences(host: Host) -> str:
+    with pytest.raises(CommandError, match="New upgrade operations detected") as failed:
+        host.alembic("check")
+    (operations,) = re.findall(r"^FAILED: .*$", str(failed.value), re.MULTILINE)
+    return str(operations)
+
+
+def operations(revision: Path) -> list[str]:
+    """The names of what the revision's upgrade() does, and on which table."""
+    body = revision.read_text(encoding="utf-8").partition("def upgrade()")[2].partition("def downgrade()")[0]
+    return re.findall(r"^    op\.(\w+)\(", body, re.MULTILINE)
+
+
+async def test_with_our_metadata_a_host_sees_what_its_subclasses_add(host: Host, sql: Sql) -> None:
+    """Nothing is configured but `target_metadata`."""
+    host.env(BOTH)
+    host.alembic("upgrade", "pgebus@head")
+    assert operations(host.revise("orders", "--autogenerate")) == ["create_table"]
+    host.alembic("upgrade", "heads")
+    assert is_clean(host)
+
+    host.models(MODELS + SUBCLASS)
+    (head,) = [each for each in host.heads() if not each.startswith("pgebus")]
+    made = host.revise("order_id", "--autogenerate", "--head", head)
+    assert operations(made) == ["add_column", "create_index", "create_foreign_key"]
+    source = made.read_text(encoding="utf-8")
+    assert "op.create_foreign_key(op.f('fk_events_order_id'), 'events', 'orders'" in source
+    # It cannot run before our tables are there, and it was not merged with ours.
+    assert re.search(r"^depends_on: .* = 'pgebus_0001'$", source, re.MULTILINE)
+    host.alembic("upgrade", "heads")
+    assert is_clean(host)
+
+    # What is in our schema and nobody's model is not ours to drop; what is missing is seen.
+    await sql.execute("CREATE TABLE pgebus.of_somebody_else (id int)")
+    assert is_clean(host)
+    await sql.execute("DROP INDEX pgebus.ix_deliveries_dead; ALTER TABLE pgebus.workers ADD surplus int")
+    found = differences(host)
+    assert "ix_deliveries_dead" in found
+    assert "surplus" in found
+
+    # From scratch, in one go.
+    await sql.execute("ALTER TABLE pgebus.workers DROP surplus; DROP TABLE pgebus.of_somebody_else")
+    await sql.execute(
+        "CREATE INDEX ix_deliveries_dead ON pgebus.deliveries (channel, consumer_group, finished_at)"
+        " WHERE status = 'dead'"
+    )
+    host.alembic("downgrade", "base")
+    assert await sql.fetchval("SELECT to_regnamespace('pgebus')") is None
+    host.alembic("upgrade", "heads")
+    assert is_clean(host)
+
+
+async def test_without_our_metadata_a_host_never_hears_of_us(
+    host: Host, sql: Sql, empty_database: DatabaseSettings
+) -> None:
+    """In whatever schemas we are, shared with the host's tables or not, and whoever has made our tables."""
+    for schema in ("public", "pgebus", "second"):
+        settings = empty_database.model_copy(update={"schema_name": schema})
+        await asyncio.to_thread(upgrade, settings)
+    assert await sql.fetchval("SELECT count(*) FROM pg_class WHERE relname = 'deliveries'") == 3
+    assert operations(host.revise("orders", "--autogenerate")) == ["create_table"]
+    host.alembic("upgrade", "heads")
+    for options in ({}, {"include_schemas": True}):
+        host.env("models.Base.metadata", **options)
+        assert is_clean(host)
+
+    # The guard is no blindfold: what is the host's is seen, also in a schema that it shares with us.
+    await sql.execute("CREATE SCHEMA elsewhere; CREATE TABLE elsewhere.stock (id int); CREATE TABLE leftover (id int)")
+    found = differences(host)
+    assert "leftover" in found
+    assert "stock" in found
+    assert "deliveries" not in found
+
+
+@pytest.mark.parametrize("schema", ["second", pytest.param('Odd "name"', marks=pytest.mark.slow)])
+def test_in_another_schema_a_host_asks_for_our_metadata_by_name(host: Host, schema: str) -> None:
+    host.models(MODELS + SUBCLASS)
+    host.env(f"[models.Base.metadata, models.pgebus.metadata_for({schema!r})]")
+    host.alembic("-x", f"pgebus_schema={schema}", "upgrade", "pgebus@head")
+    made = host.revise("first", "--autogenerate")
+    assert operations(made) == ["create_table", "add_column", "create_index", "create_foreign_key"]
+    assert f"source_schema={schema!r}" in made.read_text(encoding="utf-8")
+    host.alembic("-x", f"pgebus_schema={schema}", "upgrade", "heads")
+    assert is_clean(host)
