@@ -322,7 +322,8 @@ def test_the_demo_keeps_its_promises(tmp_path: Path, demos: list[Demo]) -> None:
     assert "\x1b" not in out
     assert max(map(len, out.splitlines())) <= 80
     assert demo.left() == []
-    assert list(tmp_path.iterdir()) == []
+    # Python itself tries out a temporary directory with a file of another name, and may be killed over it.
+    assert list(tmp_path.glob("pgebus-*")) == []
 
 
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGINT, "1."), (signal.SIGTERM, "Starting")])
@@ -337,7 +338,8 @@ def test_a_demo_that_is_interrupted_leaves_nothing_behind(
     assert (status, err) == (130, "")
     assert "Interrupted." in out
     assert demo.left() == []
-    assert list(tmp_path.iterdir()) == []
+    # Python itself tries out a temporary directory with a file of another name, and may be killed over it.
+    assert list(tmp_path.glob("pgebus-*")) == []
 
 
 def test_the_demos_table_loses_nothing_in_a_narrow_terminal(

@@ -271,12 +271,12 @@ async def test_a_bug_in_a_loop_ends_the_system_loudly(
 
     monkeypatch.setattr("pgebus._runtime.maintenance.Maintenance._recover", broken)
 
-    async def dead() -> bool:
-        return system.health().state is SystemState.STOPPED
+    async def reported() -> bool:
+        return any(record.levelno == logging.CRITICAL for record in caplog.records)
 
-    await until(dead)
+    await until(reported)
+    assert system.health().state is SystemState.STOPPED
     assert not system.health().ok
-    assert any(record.levelno == logging.CRITICAL for record in caplog.records)
     with pytest.raises(ZeroDivisionError):
         await system.stop()
     await system.stop()

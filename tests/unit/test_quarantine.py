@@ -59,15 +59,15 @@ def test_beside_it_nothing_starts_for_a_while(quarantine: Quarantine) -> None:
     assert not quarantine.closed(NOW + ALONE_SECONDS)
 
 
-def test_its_end_opens_at_once_and_asks_for_the_next_one(quarantine: Quarantine) -> None:
+def test_its_end_opens_at_once_and_gives_the_others_as_long_before_the_next_one(quarantine: Quarantine) -> None:
     quarantine.looked(found=True, now=NOW)
     quarantine.started(NOW)
     quarantine.ended(NOW + 0.5)
     assert not quarantine.closed(NOW + 0.5)
-    assert quarantine.look_at <= NOW + 0.5
-    assert not quarantine.may_start(NOW + 0.5, held=0)  # not before it is known that there is another
-    quarantine.looked(found=True, now=NOW + 0.5)
-    assert quarantine.may_start(NOW + 0.5, held=0)
+    assert quarantine.look_at == NOW + 1.0
+    assert not quarantine.may_start(NOW + 1.0, held=0)  # not before it is known that there is another
+    quarantine.looked(found=True, now=NOW + 1.0)
+    assert quarantine.may_start(NOW + 1.0, held=0)
 
 
 def test_no_second_one_starts_beside_it(quarantine: Quarantine) -> None:

@@ -94,7 +94,15 @@ def test_nothing_else_writes_on_a_running_delivery(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bury", "complete_keyed", "unhandle"])
 def test_whoever_leaves_the_head_of_a_key_lets_only_a_waiting_one_in(name: str) -> None:
-    assert "n.consumer_group = nx.consumer_group AND n.status = 'blocked'" in flat(texts(PLAIN)[name])
+    text = flat(texts(PLAIN)[name])
+    heir = (
+        "n.consumer_group = nx.consumer_group AND n.status = 'blocked' "
+        "ORDER BY n.event_id LIMIT 1 FOR UPDATE SKIP LOCKED"
+    )
+    assert text.count(heir) == 1
+    # The first that waits, locked or not: passing over it to the second would be another order.
+    assert "ORDER BY b.event_id LIMIT 1) nx" in text
+    assert text.count("SET status = 'pending' FROM heir WHERE n.ctid = heir.place") == 1
 
 
 def test_an_attempt_is_given_back_only_where_no_handler_failed() -> None:
@@ -218,6 +226,16 @@ def test_end_quotes_everything(schema: str, text: str) -> None:
         else:
             assert inner.startswith("'g', 3, 45, ")
             assert literal(inner.removeprefix("'g', 3, 45, ")) == text
+
+
+def test_cleaning_up_is_a_transaction_of_its_own() -> None:
+    """In the handlers' transaction, a ROLLBACK would bring back what was reset."""
+    statements = [statement.strip() for statement in Statements.CLEAN.split(";")]
+    assert statements[0] == "BEGIN"
+    assert statements[-2:] == ["COMMIT", ""]
+    assert {"RESET SESSION AUTHORIZATION", "RESET ROLE", "RESET ALL", "SELECT pg_advisory_unlock_all()"} == set(
+        statements[1:-2]
+    )
 
 
 @pytest.mark.parametrize("place", [0, 2, 3])

@@ -122,6 +122,7 @@ class Acknowledger:
             return
         del self._refusals[lease.fence]
         self._holdings.drop(lease)
+        self._settled(None)
         logger.error(
             "The outcome of event %d for group %r cannot be written (%s); the delivery will be given back.",
             lease.fence.event_id,
@@ -146,7 +147,10 @@ class Acknowledger:
             same = [
                 i
                 for i, (other, its) in enumerate(batch)
-                if type(its) is type(outcome) and other.fence.worker_id == worker_id
+                if type(its) is type(outcome)
+                and other.fence.worker_id == worker_id
+                # What was refused once goes alone, or a whole batch would be blamed for one row.
+                and (i == 0 or not self._refusals)
             ]
             leases = [batch[i][0] for i in same]
             if isinstance(outcome, Complete):

@@ -28,6 +28,7 @@ class Quarantine:
         self._drain_until = float("-inf")
         self._retry_at = float("-inf")
         self._alone_until = float("-inf")
+        self._started_at = float("-inf")
         self.look_at = float("-inf")
 
     def looked(self, found: bool, now: float) -> None:
@@ -56,13 +57,14 @@ class Quarantine:
     def started(self, now: float) -> None:
         """A suspect has started."""
         self._alone_until = now + ALONE_SECONDS
+        self._started_at = now
         self._waiting_since = None
         self._drain_until = self._retry_at = now
 
     def ended(self, now: float) -> None:
-        """It has ended, and this process is still there: look for the next one."""
+        """It has ended, and this process is still there: look for the next one, after the others had as long."""
         self._alone_until = now
-        self.look_at = now
+        self.look_at = now + min(now - self._started_at, RETRY_SECONDS)
 
     def opens_at(self) -> float:
         """Return when to look again, at the latest."""
