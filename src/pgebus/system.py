@@ -7,36 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import timedelta
 from random import SystemRandom
 from types import TracebackType
-from typing import Any, Final, NoReturn, Self
+from typing import Final, NoReturn, Self
 
-from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import NullPool
 
 from pgebus._guard import guard_engine
 from pgebus._runtime.acknowledging import Acknowledger
 from pgebus._runtime.claiming import ATTEMPTS_TO_SPARE, MAX_AHEAD, Claimer
+from pgebus._runtime.connecting import open_engines
 from pgebus._runtime.dispatching import Dispatcher
 from pgebus._runtime.leases import Holdings
 from pgebus._runtime.listening import Listener
 from pgebus._runtime.maintenance import Maintenance
 from pgebus._runtime.presence import Presence
+from pgebus._runtime.requirements import require_schema
 from pgebus._runtime.statements import Statements
-from pgebus._runtime.store import ANSWER_SECONDS, Line, Store
+from pgebus._runtime.store import Line, Store
 from pgebus._runtime.supervision import DATABASE_ERRORS, Crew, Loops, cancel, keep_running, spawn
 from pgebus._runtime.waking import DatabaseClock, Wakeup
 from pgebus._version import __version__
-from pgebus.database import dispose, make_engine
-from pgebus.errors import SchemaMismatchError, StateError
+from pgebus.errors import StateError
 from pgebus.health import LoopHealth, SystemHealth, SystemState
-from pgebus.inheritance import family
-from pgebus.models import SCHEMA_VERSION
 from pgebus.retry import RetryPolicy
 from pgebus.routing import EventRouter
 from pgebus.settings import Settings
@@ -155,7 +151,7 @@ class EventSystem:
 
     async def _live(self) -> None:
         try:
-            async with self._engines() as (control, handlers, listen):
+            async with open_engines(self._settings) as (control, handlers, listen):
                 lines = Line(control), Line(control), Line(control)
                 try:
                     await self._run(*lines, handlers, listen)
@@ -188,7 +184,7 @@ class EventSystem:
     async def _run(self, claims: Line, writes: Line, rounds: Line, handlers: AsyncEngine, listen: AsyncEngine) -> None:
         options = self._settings.event_system
         statements = Statements(self._settings.database.schema_name)
-        await _require_schema(rounds, statements)
+        await require_schema(rounds, statements)
 
         acknowledger = Acknowledger(
             Store(writes, statements, options.channel),
@@ -309,27 +305,6 @@ class EventSystem:
             except DATABASE_ERRORS:  # the line may have died unnoticed, while it had nothing to do
                 await line.fetch(statements.sign_off, worker_id)
 
-    @asynccontextmanager
-    async def _engines(self) -> AsyncIterator[tuple[AsyncEngine, AsyncEngine, AsyncEngine]]:
-        """Make the engines: for our own statements, for handlers, for the LISTEN connection.
-
-        Apart from each other, so that handlers can never starve the machine that serves them.
-        """
-        database = self._settings.database
-        autocommit: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
-        control = make_engine(database, pool_size=3, max_overflow=0, **autocommit)
-        event.listen(control.sync_engine, "connect", _claim_as_designed)
-        if database.listen_url is None:
-            # Nobody else uses these sessions: through a pooler, a SET would reach strangers.
-            event.listen(control.sync_engine, "connect", _give_up_in_time)
-        handlers = make_engine(database, pool_size=self._settings.event_system.n_workers, max_overflow=0)
-        listen = make_engine(database, url=database.listen_sqlalchemy_url(), poolclass=NullPool, **autocommit)
-        try:
-            yield control, handlers, listen
-        finally:
-            for engine in (listen, handlers, control):
-                await dispose(engine)
-
     def _announce(self) -> None:
         database, options = self._settings.database, self._settings.event_system
         patterns = sorted({route.pattern for route in self._router.routes()})
@@ -358,77 +333,6 @@ class EventSystem:
         if self._state in (SystemState.STARTING, SystemState.RUNNING):
             return StateError("EventSystem is already running.")
         return StateError("EventSystem has been stopped and cannot be started again. Create a new one.")
-
-
-async def _require_columns(line: Line, statements: Statements) -> None:
-    """Refuse a table of events without the columns of the application's subclasses: nothing could be claimed."""
-    wanted = {str(column.name) for column in family.table.columns if column.key not in family.own_columns}
-    if not wanted:
-        return
-    missing = wanted - {row["attname"] for row in await line.fetch(statements.event_columns, statements.schema)}
-    if missing:
-        raise SchemaMismatchError(
-            f"Table {statements.schema!r}.events lacks columns that subclasses of Event declare: "
-            f"{', '.join(sorted(missing))}. Run the application's own migrations; 'alembic revision --autogenerate' "
-            "writes the missing one.",
-            schema=statements.schema,
-            found=SCHEMA_VERSION,
-            needed=SCHEMA_VERSION,
-        )
-
-
-async def _require_schema(line: Line, statements: Statements) -> None:
-    """Refuse a database whose tables are not those of this release."""
-    schema = statements.schema
-    found: int | None = None
-    if await line.value(statements.has_version, schema):
-        found = await line.value(statements.version)
-    if found == SCHEMA_VERSION:
-        await _require_columns(line, statements)
-        return
-    command = "Run 'alembic upgrade pgebus@head' (or 'pgebus migrate')."
-    if found is None:
-        message = f"Schema {schema!r} does not hold the tables of pgebus. {command}"
-    elif found < SCHEMA_VERSION:
-        message = f"Schema {schema!r} is at version {found}, this release needs {SCHEMA_VERSION}. {command}"
-    else:
-        message = (
-            f"Schema {schema!r} is at version {found}, this release only knows {SCHEMA_VERSION}. "
-            "Install the release of pgebus that the database was migrated for."
-        )
-    raise SchemaMismatchError(message, schema=schema, found=found, needed=SCHEMA_VERSION)
-
-
-def _claim_as_designed(dbapi_connection: Any, _record: object) -> None:
-    """Undo defaults of the role or the database under which a claim would not be what it has to be.
-
-    At another isolation level a claim would fail on rows that others take at the same time. With an asynchronous
-    commit it could be undone by a crash after a handler has started, and handed out again under the same fence. And
-    these connections wait for work: they are not to be ended for it.
-    """
-    for setting, accepted, right in (
-        ("default_transaction_isolation", ("read committed", "read uncommitted"), "read committed"),
-        ("synchronous_commit", ("on", "local", "remote_write", "remote_apply"), "on"),
-        ("default_transaction_read_only", ("off",), "off"),
-        ("idle_session_timeout", ("0", None), "0"),  # None: before PostgreSQL 14 there is none
-    ):
-
-        async def mend(
-            driver: Any, setting: str = setting, accepted: tuple[str | None, ...] = accepted, right: str = right
-        ) -> None:
-            if await driver.fetchval("SELECT current_setting($1, true)", setting) not in accepted:
-                await driver.execute(f"SET {setting} = '{right}'")
-
-        dbapi_connection.run_async(mend)
-
-
-def _give_up_in_time(dbapi_connection: Any, _record: object) -> None:
-    """Let the server end a statement shortly before we would hang up on it.
-
-    A backend that waits for a lock does not notice that its client has gone: each attempt would leave one behind.
-    """
-    milliseconds = int(ANSWER_SECONDS * 800)
-    dbapi_connection.run_async(lambda driver: driver.execute(f"SET statement_timeout = {milliseconds}"))
 
 
 def _report(task: asyncio.Task[None]) -> None:

@@ -1,0 +1,72 @@
+"""The engines of one worker, and what their connections are set to.
+
+Opens no connection by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import NullPool
+
+from pgebus._runtime.store import ANSWER_SECONDS
+from pgebus.database import dispose, make_engine
+from pgebus.settings import Settings
+
+
+@asynccontextmanager
+async def open_engines(settings: Settings) -> AsyncIterator[tuple[AsyncEngine, AsyncEngine, AsyncEngine]]:
+    """Make the engines: for our own statements, for handlers, for the LISTEN connection.
+
+    Apart from each other, so that handlers can never starve the machine that serves them.
+    """
+    database = settings.database
+    autocommit: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
+    control = make_engine(database, pool_size=3, max_overflow=0, **autocommit)
+    event.listen(control.sync_engine, "connect", _claim_as_designed)
+    if database.listen_url is None:
+        # Nobody else uses these sessions: through a pooler, a SET would reach strangers.
+        event.listen(control.sync_engine, "connect", _give_up_in_time)
+    handlers = make_engine(database, pool_size=settings.event_system.n_workers, max_overflow=0)
+    listen = make_engine(database, url=database.listen_sqlalchemy_url(), poolclass=NullPool, **autocommit)
+    try:
+        yield control, handlers, listen
+    finally:
+        for engine in (listen, handlers, control):
+            await dispose(engine)
+
+
+def _claim_as_designed(dbapi_connection: Any, _record: object) -> None:
+    """Undo defaults of the role or the database under which a claim would not be what it has to be.
+
+    At another isolation level a claim would fail on rows that others take at the same time. With an asynchronous
+    commit it could be undone by a crash after a handler has started, and handed out again under the same fence. And
+    these connections wait for work: they are not to be ended for it.
+    """
+    for setting, accepted, right in (
+        ("default_transaction_isolation", ("read committed", "read uncommitted"), "read committed"),
+        ("synchronous_commit", ("on", "local", "remote_write", "remote_apply"), "on"),
+        ("default_transaction_read_only", ("off",), "off"),
+        ("idle_session_timeout", ("0", None), "0"),  # None: before PostgreSQL 14 there is none
+    ):
+
+        async def mend(
+            driver: Any, setting: str = setting, accepted: tuple[str | None, ...] = accepted, right: str = right
+        ) -> None:
+            if await driver.fetchval("SELECT current_setting($1, true)", setting) not in accepted:
+                await driver.execute(f"SET {setting} = '{right}'")
+
+        dbapi_connection.run_async(mend)
+
+
+def _give_up_in_time(dbapi_connection: Any, _record: object) -> None:
+    """Let the server end a statement shortly before we would hang up on it.
+
+    A backend that waits for a lock does not notice that its client has gone: each attempt would leave one behind.
+    """
+    milliseconds = int(ANSWER_SECONDS * 800)
+    dbapi_connection.run_async(lambda driver: driver.execute(f"SET statement_timeout = {milliseconds}"))

@@ -1,0 +1,51 @@
+"""What must be true of the database before a worker starts.
+
+Creates nothing: it says what is missing, and the command that mends it.
+"""
+
+from __future__ import annotations
+
+from pgebus._runtime.statements import Statements
+from pgebus._runtime.store import Line
+from pgebus.errors import SchemaMismatchError
+from pgebus.inheritance import family
+from pgebus.models import SCHEMA_VERSION
+
+
+async def _require_columns(line: Line, statements: Statements) -> None:
+    """Refuse a table of events without the columns of the application's subclasses: nothing could be claimed."""
+    wanted = {str(column.name) for column in family.table.columns if column.key not in family.own_columns}
+    if not wanted:
+        return
+    missing = wanted - {row["attname"] for row in await line.fetch(statements.event_columns, statements.schema)}
+    if missing:
+        raise SchemaMismatchError(
+            f"Table {statements.schema!r}.events lacks columns that subclasses of Event declare: "
+            f"{', '.join(sorted(missing))}. Run the application's own migrations; 'alembic revision --autogenerate' "
+            "writes the missing one.",
+            schema=statements.schema,
+            found=SCHEMA_VERSION,
+            needed=SCHEMA_VERSION,
+        )
+
+
+async def require_schema(line: Line, statements: Statements) -> None:
+    """Refuse a database whose tables are not those of this release."""
+    schema = statements.schema
+    found: int | None = None
+    if await line.value(statements.has_version, schema):
+        found = await line.value(statements.version)
+    if found == SCHEMA_VERSION:
+        await _require_columns(line, statements)
+        return
+    command = "Run 'alembic upgrade pgebus@head' (or 'pgebus migrate')."
+    if found is None:
+        message = f"Schema {schema!r} does not hold the tables of pgebus. {command}"
+    elif found < SCHEMA_VERSION:
+        message = f"Schema {schema!r} is at version {found}, this release needs {SCHEMA_VERSION}. {command}"
+    else:
+        message = (
+            f"Schema {schema!r} is at version {found}, this release only knows {SCHEMA_VERSION}. "
+            "Install the release of pgebus that the database was migrated for."
+        )
+    raise SchemaMismatchError(message, schema=schema, found=found, needed=SCHEMA_VERSION)
