@@ -527,8 +527,12 @@ async def test_finished_events_are_pruned_after_the_retention(
         young = await publish(sm, "order.placed")
         dead = await publish(sm, "order.placed", {"bad": True})
         later = await publish(sm, "order.placed", run_at=await sql.fetchval("SELECT now() + interval '1 day'"))
-        await finished(sql, *old, young)
+        orphaned = [await publish(sm, "order.placed") for _ in range(3)]
+        await finished(sql, *old, young, *orphaned)
         await finished(sql, dead, status="dead")
+    await sql.execute("SET session_replication_role = replica")
+    await sql.execute("DELETE FROM pgebus.events WHERE id = ANY ($1)", orphaned)
+    await sql.execute("RESET session_replication_role")
     await sql.execute(
         "UPDATE pgebus.deliveries SET finished_at = finished_at - interval '1 hour' "
         "WHERE finished_at IS NOT NULL AND event_id <> $1",
@@ -537,7 +541,9 @@ async def test_finished_events_are_pruned_after_the_retention(
     async with running(router, database, retention_seconds=1800.0):
 
         async def gone() -> bool:
-            return not await sql.fetchval("SELECT count(*) FROM pgebus.events WHERE id = ANY ($1)", old)
+            return not await sql.fetchval(
+                "SELECT count(*) FROM pgebus.deliveries WHERE event_id = ANY ($1)", old + orphaned
+            )
 
         await until(gone)
     left = {row["event_id"] for row in await sql.fetch("SELECT event_id FROM pgebus.deliveries")}

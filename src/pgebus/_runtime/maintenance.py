@@ -177,6 +177,10 @@ class Maintenance:
         await self._store.prune_workers()
         if self._retention is None:
             return
-        pruned = await self._store.prune_events(self._retention, PRUNE_BATCH)
+        try:
+            pruned = await self._store.prune_events(self._retention, PRUNE_BATCH)
+        except asyncpg.ForeignKeyViolationError as error:
+            logger.warning("Finished events are kept, because rows of table %r refer to them.", error.table_name)
+            return
         if pruned >= PRUNE_BATCH // 2:
             self._prune_at = monotonic()

@@ -356,8 +356,13 @@ WITH cut AS MATERIALIZED (SELECT now() - make_interval(secs => $1::double precis
   SELECT e.id FROM {s}.events e WHERE e.id IN (SELECT event_id FROM old) ORDER BY e.id FOR UPDATE SKIP LOCKED
 ), gone AS (
   DELETE FROM {s}.events e USING ids WHERE e.id = ids.id RETURNING e.id
+), orphans AS (
+  -- left by a deletion without triggers; they would fill every batch for ever
+  DELETE FROM {s}.deliveries d USING old
+  WHERE d.event_id = old.event_id AND NOT EXISTS (SELECT FROM {s}.events e WHERE e.id = d.event_id)
+  RETURNING d.event_id
 )
-SELECT count(*) FROM gone"""
+SELECT (SELECT count(*) FROM gone) + (SELECT count(*) FROM orphans)"""
         self.prune_workers: Final = f"""
 DELETE FROM {s}.workers w WHERE w.ended_at < now() - interval '1 day'
   AND NOT EXISTS (SELECT FROM {s}.deliveries d WHERE d.worker_id = w.id AND d.status = 'running')"""
