@@ -357,7 +357,7 @@ WITH cut AS MATERIALIZED (SELECT now() - make_interval(secs => $1::double precis
 ), gone AS (
   DELETE FROM {s}.events e USING ids WHERE e.id = ids.id RETURNING e.id
 ), orphans AS (
-  -- left by a deletion without triggers; they would fill every batch for ever
+  -- left by a deletion without triggers, they would fill every batch for ever
   DELETE FROM {s}.deliveries d USING old
   WHERE d.event_id = old.event_id AND NOT EXISTS (SELECT FROM {s}.events e WHERE e.id = d.event_id)
   RETURNING d.event_id
