@@ -367,7 +367,7 @@ def test_a_demo_whose_reader_leaves_ends_quietly(tmp_path: Path, demos: list[Dem
 
 
 def test_a_demo_that_breaks_a_promise_fails(tmp_path: Path, demos: list[Demo]) -> None:
-    """Here no worker can be ready in time."""
+    """Here nothing is waited for; which promise is the first to break is a matter of speed."""
     program = (
         "import sys, pgebus.cli.demo.stage as stage; stage.PATIENCE_SECONDS = 0.0; sys.argv[1:] = ['demo'];"
         "from pgebus.cli import main; main()"
@@ -377,7 +377,6 @@ def test_a_demo_that_breaks_a_promise_fails(tmp_path: Path, demos: list[Demo]) -
     status, out, err = demo.finish()
     assert (status, err) == (1, "")
     assert "Promise broken" in out
-    assert "worker-1 was to start" in " ".join(out.split())
     assert demo.left() == []
 
 
