@@ -29,7 +29,7 @@ from pgebus.errors import (
 )
 from pgebus.health import LoopHealth, SystemHealth, SystemState
 from pgebus.models import Event, metadata
-from pgebus.publishing import publish_event, publish_events
+from pgebus.publishing import publish_event, publish_event_sync, publish_events, publish_events_sync
 from pgebus.retry import Reject, Retry, RetryPolicy, Snooze
 from pgebus.routing import EventRouter
 from pgebus.schemas import metadata_for
@@ -78,5 +78,7 @@ __all__ = [
     "metadata",
     "metadata_for",
     "publish_event",
+    "publish_event_sync",
     "publish_events",
+    "publish_events_sync",
 ]

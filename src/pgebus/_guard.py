@@ -12,7 +12,7 @@ completion, which detects what was sent on the driver connection itself.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final, NoReturn, cast
 
@@ -35,6 +35,8 @@ class Guard:
         self.begin = begin
         self.owner: asyncio.Task[Any] | None = asyncio.current_task()
         self.root: SessionTransaction | None = None
+        # What the events that are published in this session inherit from the one that is handled.
+        self.headers: Mapping[str, Any] = {}
         self.unsafe = False
         self.flushing = 0
 

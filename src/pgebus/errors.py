@@ -27,6 +27,10 @@ The errors of PostgreSQL and of SQLAlchemy are not wrapped: what only the server
 
 from __future__ import annotations
 
+from typing import Final
+
+from sqlalchemy.exc import DontWrapMixin
+
 __all__ = [
     "ConfigurationError",
     "DuplicateHandlerError",
@@ -49,6 +53,13 @@ __all__ = [
     "TransactionEndedError",
     "UnsafeSessionWarning",
 ]
+
+
+TWO_PHASE: Final = (
+    "Events cannot be published in a two-phase transaction: PostgreSQL cannot prepare a NOTIFY. "
+    "Publish in a transaction of one phase: in a session without twophase=True, or on a connection without "
+    "begin_twophase()."
+)
 
 
 class PgebusError(Exception):
@@ -151,7 +162,7 @@ class InvalidRunAtError(PublishError):
     """A `run_at` that names no moment: naive, not a datetime, or outside what PostgreSQL stores."""
 
 
-class SessionStateError(PgebusError, RuntimeError):
+class SessionStateError(PgebusError, RuntimeError, DontWrapMixin):
     """The session cannot publish as it is; the message names the reason."""
 
 

@@ -1,19 +1,22 @@
 """Publishing in the caller's transaction: an event commits or rolls back with everything else.
 
-Nothing here commits, and nothing here notifies: the trigger on the table does, at the caller's commit.
+Nothing here commits, and nothing here notifies: the trigger on the table does, at the caller's commit. Each call comes
+twice, for asynchronous and for synchronous code; the two do the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from sqlalchemy import Connection, TwoPhaseTransaction, inspect
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy import Connection, Engine, inspect
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
+from pgebus._guard import DispatchSession
+from pgebus._inserting import insert_events
 from pgebus.errors import PublishError, SessionStateError, SessionTypeError
 from pgebus.inheritance import family
 from pgebus.models import Event
@@ -21,28 +24,19 @@ from pgebus.names import check_event_type
 from pgebus.payloads import check_headers
 from pgebus.session import GuardedSession
 
-__all__ = ["publish_event", "publish_events"]
+__all__ = ["publish_event", "publish_event_sync", "publish_events", "publish_events_sync"]
 
-PublishingSession: TypeAlias = AsyncSession | async_scoped_session[Any] | GuardedSession
+UnitOfWork: TypeAlias = AsyncSession | async_scoped_session[Any] | GuardedSession | AsyncConnection
+UnitOfWorkSync: TypeAlias = Session | scoped_session[Any] | Connection
 
 if TYPE_CHECKING:  # a default is for Python 3.13; at run time nothing asks for it
     from typing_extensions import TypeVar
 
     _E = TypeVar("_E", bound=Event, default=Event)
 
-# What only the server can know about a transaction: it refuses every INSERT.
-_REFUSED_STATES: Final = {
-    "25006": "The transaction is read-only, so nothing can be published in it. Use a read-write transaction.",
-    "25P02": "The transaction has failed, so nothing can be published in it. Roll it back first.",
-}
-_TWO_PHASE: Final = (
-    "Events cannot be published in a two-phase transaction: PostgreSQL cannot prepare a NOTIFY. "
-    "Publish in a session without twophase=True."
-)
-
 
 async def publish_event(
-    session: PublishingSession,
+    session: UnitOfWork,
     event_type: str,
     payload: dict[str, Any],
     channel: str,
@@ -54,12 +48,12 @@ async def publish_event(
 ) -> _E:
     """Publish one event in the transaction of *session*: it is handled if, and only if, the caller commits.
 
-    The event is added and flushed, with whatever else is pending in the session; nothing is committed. The
-    payload is copied now: changing the dict later changes no event.
+    In a session the event is added and flushed, with whatever else is pending there; on a connection it is inserted.
+    Nothing is committed. The payload is copied now: changing the dict later changes no event.
 
     Args:
-        session: An AsyncSession on PostgreSQL, an async_scoped_session, or a handler's `ctx.session`. With
-            the latter the headers say which event caused this one, unless *headers* says otherwise.
+        session: An AsyncSession on PostgreSQL, an async_scoped_session, an AsyncConnection, or a handler's
+            `ctx.session`. With the latter the headers say which event caused this one, unless *headers* says otherwise.
         event_type: Dotted words, like `order.placed`.
         payload: A JSON object; `check_payload()` has the rules.
         channel: The queue to publish to; a running system listens to `settings.event_system.channel`.
@@ -70,8 +64,8 @@ async def publish_event(
         columns: Given to the constructor of that class: the columns that it adds, like `order_id=7`.
 
     Returns:
-        The event, with its id and all columns loaded. Where the server fills in a column of a subclass, that costs
-        another round trip.
+        The event, with its id and all columns loaded; detached when it was inserted on a connection. Where the server
+        fills in a column of a subclass, a session makes another round trip for it.
 
     Raises:
         TypeError: If the class has no attribute of a name in *columns*, or it is one of Event's own.
@@ -80,22 +74,37 @@ async def publish_event(
         SessionTypeError: If *session* is none.
         SessionStateError: If *session* cannot publish: two-phase, AUTOCOMMIT, read-only, failed, or not on
             PostgreSQL.
-        sqlalchemy.exc.SQLAlchemyError: If the flush fails; then, as always, the session needs a rollback.
+        sqlalchemy.exc.SQLAlchemyError: If the INSERT fails; then, as always, the session needs a rollback.
     """
-    target, inherited = _target_of(session)
-    event = _instance(check_event_type(event_type), event_class, columns)
-    event.type = event_type
-    event.channel = channel
-    event.payload = payload
-    if run_at is not None:
-        event.run_at = run_at
-    if headers is not None:
-        event.headers = headers
-    await _publish(target, [event], inherited)
+    target = _asynchronous(session)
+    event = _made(event_type, payload, channel, run_at, headers, event_class, columns)
+    await _publish(target, [event])
     return cast("_E", event)
 
 
-async def publish_events(session: PublishingSession, events: Iterable[Event]) -> list[Event]:
+def publish_event_sync(
+    session: UnitOfWorkSync,
+    event_type: str,
+    payload: dict[str, Any],
+    channel: str,
+    run_at: datetime | None = None,
+    *,
+    headers: dict[str, Any] | None = None,
+    event_class: type[_E] | None = None,
+    **columns: Any,
+) -> _E:
+    """Publish one event from synchronous code: `publish_event()` for a Session, a scoped_session or a Connection.
+
+    Also for the Session that `AsyncSession.run_sync()` hands out, a handler's included. Arguments, result and errors
+    are those of `publish_event()`.
+    """
+    target = _synchronous(session)
+    event = _made(event_type, payload, channel, run_at, headers, event_class, columns)
+    _insert(target, [event])
+    return cast("_E", event)
+
+
+async def publish_events(session: UnitOfWork, events: Iterable[Event]) -> list[Event]:
     """Publish many events in the transaction of *session*, in their order: all, or none with an error.
 
     Like `publish_event()`, with events made by the caller: subclasses of Event and all columns can be used::
@@ -111,42 +120,108 @@ async def publish_events(session: PublishingSession, events: Iterable[Event]) ->
 
     Raises:
         PublishError: If an item is no Event, has been published already, belongs to another session, or
-            appears twice; the message names its index. Nothing was sent, and the session can go on.
+            appears twice; the message names its index. Nothing was sent, and the session can go on. Also if an event
+            for a connection has a related object, which only a session can insert.
         InvalidEventTypeError: If an event has no type.
         SessionTypeError: If *session* is none.
         SessionStateError: If *session* cannot publish; as for `publish_event()`.
-        sqlalchemy.exc.SQLAlchemyError: If the flush fails; then, as always, the session needs a rollback.
+        sqlalchemy.exc.SQLAlchemyError: If the INSERT fails; then, as always, the session needs a rollback.
     """
-    target, inherited = _target_of(session)
-    if isinstance(events, Event) or not isinstance(events, Iterable):
-        raise PublishError(f"events must be an iterable of Event, not {_type_name(events)}.")
-    batch = list(events)
-    _check_batch(batch, target.sync_session)
-    if batch:
-        await _publish(target, batch, inherited)
+    target = _asynchronous(session)
+    batch = _batch(events, target.sync_session if isinstance(target, AsyncSession) else None)
+    await _publish(target, batch)
     return batch
 
 
-def _target_of(session: object) -> tuple[AsyncSession, dict[str, Any]]:
-    """Return the session to flush, and the headers that its events inherit."""
+def publish_events_sync(session: UnitOfWorkSync, events: Iterable[Event]) -> list[Event]:
+    """Publish many events from synchronous code: `publish_events()` for what `publish_event_sync()` takes."""
+    target = _synchronous(session)
+    batch = _batch(events, target if isinstance(target, Session) else None)
+    _insert(target, batch)
+    return batch
+
+
+def _asynchronous(session: object) -> AsyncSession | AsyncConnection:
+    """Return what has the transaction."""
     if isinstance(session, GuardedSession):
-        return session._checked, session._headers
-    if isinstance(session, AsyncSession):
-        return session, {}
+        return session._checked
     if isinstance(session, async_scoped_session):
-        return _target_of(session())
-    if isinstance(session, (Session, scoped_session)):
-        advice = "In synchronous code session.add(Event(...)) publishes too."
-    elif isinstance(session, (Connection, AsyncConnection, AsyncEngine)):
-        advice = "Make one: AsyncSession(bind). Inserting into the table of events with Core publishes too."
+        return _asynchronous(session())
+    if isinstance(session, (AsyncSession, AsyncConnection)):
+        return session
+    if isinstance(session, (Session, scoped_session, Connection)):
+        advice = "In synchronous code call publish_event_sync() or publish_events_sync(); session.add() publishes too."
     elif session is None:
         advice = "In a handler, ctx.session is None unless the handler is registered with transactional=True."
     else:
-        advice = "Pass the session of the transaction that the event belongs to."
+        advice = _advice(session)
     raise SessionTypeError(
-        f"Events are published in an AsyncSession, an async_scoped_session or a handler's ctx.session, "
+        "Events are published in an AsyncSession, an async_scoped_session, an AsyncConnection or a handler's "
+        f"ctx.session, not in {_type_name(session)}. {advice}"
+    )
+
+
+def _synchronous(session: object) -> Session | Connection:
+    """Return what has the transaction."""
+    if isinstance(session, scoped_session):
+        return _synchronous(session())
+    if isinstance(session, (Session, Connection)):
+        return session
+    if isinstance(session, (AsyncSession, async_scoped_session, GuardedSession, AsyncConnection)):
+        advice = "In a coroutine call 'await publish_event()' or 'await publish_events()'."
+    else:
+        advice = _advice(session)
+    raise SessionTypeError(
+        "Synchronous code publishes in a Session, a scoped_session or a Connection, "
         f"not in {_type_name(session)}. {advice}"
     )
+
+
+def _advice(session: object) -> str:
+    if isinstance(session, (AsyncEngine, Engine)):
+        return "Take a connection: engine.begin() commits it, with the event, at the end of its block."
+    return "Pass the session of the transaction that the event belongs to."
+
+
+async def _publish(target: AsyncSession | AsyncConnection, events: Sequence[Event]) -> None:
+    try:
+        await target.run_sync(_insert, events)
+    except InvalidRequestError as error:
+        if isinstance(target, AsyncConnection) and target.sync_connection is None:
+            raise SessionStateError(f"The connection cannot be used to publish now: {error}") from error
+        raise
+
+
+def _insert(target: Session | Connection, events: Sequence[Event]) -> None:
+    if not events:
+        return
+    inherited = target.guard.headers if isinstance(target, DispatchSession) else {}
+    if inherited:
+        # Computed for all before any is changed: headers that become too large refuse the whole batch.
+        merged = [check_headers({**inherited, **(event.headers or {})}) for event in events]
+        for event, headers in zip(events, merged, strict=True):
+            event.headers = headers
+    insert_events(target, events)
+
+
+def _made(
+    event_type: str,
+    payload: dict[str, Any],
+    channel: str,
+    run_at: datetime | None,
+    headers: dict[str, Any] | None,
+    event_class: object,
+    columns: dict[str, Any],
+) -> Event:
+    event = _instance(check_event_type(event_type), event_class, columns)
+    event.type = event_type
+    event.channel = channel
+    event.payload = payload
+    if run_at is not None:
+        event.run_at = run_at
+    if headers is not None:
+        event.headers = headers
+    return event
 
 
 def _instance(event_type: str, event_class: object, columns: dict[str, Any]) -> Event:
@@ -167,7 +242,11 @@ def _instance(event_type: str, event_class: object, columns: dict[str, Any]) -> 
     return cast("type[Event]", event_class)(**columns)
 
 
-def _check_batch(batch: Sequence[object], session: Session) -> None:
+def _batch(events: Iterable[Event], session: Session | None) -> list[Event]:
+    """Return *events* as a list, all of which can be published in *session*."""
+    if isinstance(events, Event) or not isinstance(events, Iterable):
+        raise PublishError(f"events must be an iterable of Event, not {_type_name(events)}.")
+    batch = list(events)
     seen: set[int] = set()
     for index, event in enumerate(batch):
         if not isinstance(event, Event):
@@ -181,56 +260,7 @@ def _check_batch(batch: Sequence[object], session: Session) -> None:
         if state.session is not None and state.session is not session:
             raise PublishError(f"events[{index}] belongs to another session. Publish it there.")
         check_event_type(state.dict.get("type"), what=f"Type of events[{index}]")
-
-
-async def _publish(target: AsyncSession, events: Sequence[Event], inherited: dict[str, Any]) -> None:
-    if inherited:
-        # Computed for all before any is changed: headers that become too large refuse the whole batch.
-        merged = [check_headers({**inherited, **(event.headers or {})}) for event in events]
-        for event, headers in zip(events, merged, strict=True):
-            event.headers = headers
-    try:
-        await target.run_sync(_flush, events)
-    except DBAPIError as error:
-        refusal = _REFUSED_STATES.get(getattr(error.orig, "sqlstate", None) or "")
-        if refusal is None:
-            raise
-        raise SessionStateError(refusal) from error
-
-
-def _flush(session: Session, events: Sequence[Event]) -> None:
-    if not session.is_active:
-        raise SessionStateError(
-            "The session's transaction has failed, so nothing can be published in it. Roll it back first."
-        )
-    if session.twophase:
-        raise SessionStateError(_TWO_PHASE)
-    try:
-        # The dispatcher's session refuses here what comes from another task or too late, before anything is added.
-        dialect = session.get_bind(Event).dialect.name
-        if dialect != "postgresql":
-            raise SessionStateError(f"The session is bound to {dialect!r}; events are published on PostgreSQL.")
-        # A session that chooses its connection itself, by statement or tenant, may choose another at the flush;
-        # and the dispatcher's own, which is one of these, runs its transactions on a connection in AUTOCOMMIT.
-        if type(session).get_bind is Session.get_bind:
-            # It is the one that the flush would take. Nothing is sent yet, not even BEGIN.
-            _check_connection(session.connection(bind_arguments={"mapper": Event}))
-    except InvalidRequestError as error:
-        raise SessionStateError(f"The session cannot be used to publish now: {error}") from error
-    session.add_all(events)
-    session.flush()
-
-
-def _check_connection(connection: Connection) -> None:
-    if isinstance(connection.get_transaction(), TwoPhaseTransaction):
-        raise SessionStateError(_TWO_PHASE)
-    if getattr(connection.connection.dbapi_connection, "autocommit", False):
-        raise SessionStateError(
-            "The session's connection is in AUTOCOMMIT: the event would be handled even if you roll back. "
-            "Use an isolation level with transactions."
-        )
-    if connection.get_execution_options().get("postgresql_readonly"):
-        raise SessionStateError(_REFUSED_STATES["25006"])
+    return batch
 
 
 def _type_name(value: object) -> str:

@@ -91,7 +91,7 @@ class GuardedSession:
 
     def __init__(self, session: DispatchAsyncSession, headers: Mapping[str, Any] | None = None) -> None:
         self._session = session
-        self._headers: dict[str, Any] = dict(headers or {})
+        session.sync_session.guard.headers = dict(headers or {})
 
     @property
     def unsafe(self) -> AsyncSession:

@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from sqlalchemy import delete, func, insert, inspect, select, update
+from sqlalchemy import create_engine, delete, func, insert, inspect, select, update
 from sqlalchemy.exc import IntegrityError, MissingGreenlet, NoSuchColumnError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, Session, aliased, selectin_polymorphic, selectinload, with_polymorphic
@@ -30,8 +30,11 @@ from pgebus import (
     InvalidEventTypeError,
     PublishError,
     publish_event,
+    publish_event_sync,
     publish_events,
+    publish_events_sync,
 )
+from pgebus.settings import DatabaseSettings
 
 
 @pytest.fixture(autouse=True)
@@ -375,6 +378,83 @@ async def test_a_batch_is_one_statement_for_each_run_of_a_class(sm: DatabaseSess
         await publish_events(session, mixed)
         assert len(sent) > 2
         assert [each.id for each in mixed] == sorted(each.id for each in mixed)
+
+
+async def test_thousands_of_mixed_classes_are_published_in_their_order(sm: DatabaseSessionManager, sql: Sql) -> None:
+    """However they are added: to a session or on a connection, by ourselves or by the application."""
+
+    def mixed() -> list[Event]:
+        made: tuple[Any, ...] = (
+            lambda n: OrderPlaced(order_id=None, note=str(n), reason="r"),
+            lambda n: PaymentTaken(reference=str(n)),
+            lambda n: TenantEvent(type="nobody.knows", tenant_id=n),
+            lambda n: StockCounted(n),
+        )
+        return [made[n % 4](n) for n in range(1_200)]
+
+    async with sm.session() as session, session.begin():
+        session.add_all(mixed())
+    async with sm.session() as session, session.begin():
+        await publish_events(session, mixed())
+    async with sm.engine.begin() as connection:
+        await publish_events(connection, mixed())
+    rows = await sql.fetch(
+        "SELECT e.type, e.note, e.reference, e.tenant_id FROM pgebus.events e JOIN pgebus.deliveries d"
+        " ON d.event_id = e.id AND d.type = e.type ORDER BY e.id"
+    )
+    expected: list[tuple[Any, ...]] = [
+        [
+            ("order.placed", str(n), None, None),
+            ("payment.taken", None, str(n), None),
+            ("nobody.knows", None, None, n),
+            ("stock.counted", None, None, None),
+        ][n % 4]
+        for n in range(1_200)
+    ]
+    assert [tuple(row) for row in rows] == expected * 3
+
+
+async def test_a_connection_takes_every_kind_of_column(sm: DatabaseSessionManager, sql: Sql) -> None:
+    """What the database and SQLAlchemy fill in comes back with the INSERT: one statement, and nothing is unloaded."""
+    await sql.execute("INSERT INTO orders (id, total) VALUES (7, 100)")
+    given: dict[str, Any] = {
+        "order_id": 7, "came_by": Channel.SHOP, "amount": Decimal("1.50"), "tags": {"a", "b"}, "details": {"x": [1]},
+        "weights": [Decimal("0.5")], "share": 0.25, "exact": Decimal("0.1"), "status": "s", "odd": "o", "note": None,
+    }  # fmt: skip
+    async with sm.engine.begin() as connection:
+        async with statements(sm.engine) as sent:
+            event = await publish_event(connection, "order.placed", {}, "events", event_class=OrderPlaced, **given)
+        assert len(sent) == 1
+        assert (event.reason, event.attempts, event.tenant_id, event.until) == ("none given", 1, None, None)
+        assert {name: getattr(event, name) for name in given} == given
+        with pytest.raises(PublishError, match=r"events\[0\]\.order is a related object"):
+            await publish_event(connection, "order.placed", {}, "events", order=Order(id=8))
+    async with sm.session() as session:
+        loaded = (await session.scalars(select(OrderPlaced))).one()
+        assert {name: getattr(loaded, name) for name in given} == given
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+async def test_synchronous_code_publishes_subclasses(database: DatabaseSettings, sql: Sql, driver: str) -> None:
+    await sql.execute("INSERT INTO orders (id, total) VALUES (7, 100)")
+    engine = create_engine(database.sqlalchemy_url().set(drivername=f"postgresql+{driver}"))
+    with Session(engine) as session:
+        session.add(OrderPlaced(order_id=7, payload={"n": 1}))
+        event = publish_event_sync(session, "order.placed", {}, "events", event_class=OrderPlaced, order_id=7)
+        assert (event.reason, event.order) == ("none given", session.get(Order, 7))
+        publish_event_sync(session.connection(), "payment.taken", {}, "events", reference="r")
+        publish_events_sync(session, [StockCounted(3), TenantEvent(type="nobody.knows", tenant_id=1)])
+        session.execute(insert(OrderPlaced), [{"order_id": 7, "note": str(n)} for n in range(2_000)])
+        ids = session.scalars(
+            insert(OrderPlaced).returning(OrderPlaced.id, sort_by_parameter_order=True), [{"note": "x"}, {"note": "y"}]
+        ).all()
+        session.commit()
+        assert list(session.scalars(select(OrderPlaced.note).where(OrderPlaced.id.in_(ids)))) == ["x", "y"]
+    engine.dispose()
+    rows = await sql.fetch("SELECT type, count(*) FROM pgebus.deliveries GROUP BY 1 ORDER BY 1")
+    assert [tuple(row) for row in rows] == [
+        ("nobody.knows", 1), ("order.placed", 2_004), ("payment.taken", 1), ("stock.counted", 1)
+    ]  # fmt: skip
 
 
 async def test_expired_columns_cannot_be_read_after_the_commit(sm: DatabaseSessionManager) -> None:

@@ -16,7 +16,7 @@ import asyncpg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Connection, create_engine, event, insert, inspect, select, text
+from sqlalchemy import Connection, create_engine, event, inspect, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -37,7 +37,6 @@ from pgebus.errors import (
 from pgebus.models import Event, Subscription
 from pgebus.publishing import publish_event, publish_events
 from pgebus.session import GuardedSession
-from pgebus.settings import DatabaseSettings
 
 Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
@@ -243,18 +242,13 @@ async def test_what_is_no_session_is_refused() -> None:
     engine = create_async_engine("postgresql+asyncpg://nobody@localhost/nowhere")
     none_of_them: list[Any] = [
         None, "session", object(), Session, AsyncSession, Session(), scoped_session(sessionmaker()),
-        create_engine("sqlite://"), engine, engine.connect(), async_sessionmaker(engine),
+        create_engine("sqlite://"), engine, async_sessionmaker(engine),
     ]  # fmt: skip
     for what in none_of_them:
         for call in (publish_event(what, "a", {}, "events"), publish_events(what, [])):
             with pytest.raises(SessionTypeError) as caught:
                 await call
             assert isinstance(caught.value, TypeError)
-
-
-async def test_a_synchronous_session_is_told_how_to_publish() -> None:
-    with pytest.raises(SessionTypeError, match=r"session\.add\(Event"):
-        await publish_event(Session(), "a", {}, "events")  # type: ignore[arg-type]  # that is what is tested
 
 
 async def test_a_scoped_session_publishes(sm: DatabaseSessionManager, sql: Sql) -> None:
@@ -535,28 +529,6 @@ async def test_adding_an_event_to_a_session_publishes_it(sm: DatabaseSessionMana
         session.add(Event(type="b"))
         await session.rollback()
     assert [row[1:] for row in await published(sql)] == [("a", "events", {"x": 1})]
-
-
-async def test_a_synchronous_session_on_another_driver_publishes(database: DatabaseSettings, sql: Sql) -> None:
-    engine = create_engine(database.sqlalchemy_url().set(drivername="postgresql+psycopg"))
-    with Session(engine) as session:
-        session.add(Event(type="a", payload={"x": [1, "é"]}, run_at=datetime(2030, 1, 1, tzinfo=UTC)))
-        session.commit()
-        session.add(Event(type="b"))
-        session.rollback()
-    engine.dispose()
-    assert [row[1:] for row in await published(sql)] == [("a", "events", {"x": [1, "é"]})]
-
-
-async def test_core_inserts_and_copy_publish(sm: DatabaseSessionManager, sql: Sql) -> None:
-    async with sm.engine.begin() as connection:
-        await connection.execute(insert(Event), [{"type": "core", "payload": {"n": n}} for n in range(3)])
-    async with sm.session() as session:
-        await session.execute(insert(Event).values(type="orm", payload={}))
-        await session.commit()
-    records = [("copy", "{}"), ("copy", "{}")]
-    await sql.copy_records_to_table("events", schema_name="pgebus", columns=["type", "payload"], records=records)
-    assert [row[1] for row in await published(sql)] == ["core"] * 3 + ["orm"] + ["copy"] * 2
 
 
 # Round trip

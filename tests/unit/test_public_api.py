@@ -54,7 +54,9 @@ NAMES = [
     "metadata",
     "metadata_for",
     "publish_event",
+    "publish_event_sync",
     "publish_events",
+    "publish_events_sync",
 ]
 
 # Names, kinds and defaults; the annotations are held by the type checker, in tests/typing.
@@ -62,7 +64,11 @@ SIGNATURES = {
     "publish_event": (
         "(session, event_type, payload, channel, run_at=None, *, headers=None, event_class=None, **columns)"
     ),
+    "publish_event_sync": (
+        "(session, event_type, payload, channel, run_at=None, *, headers=None, event_class=None, **columns)"
+    ),
     "publish_events": "(session, events)",
+    "publish_events_sync": "(session, events)",
     "EventRouter": "(prefix='')",
     "EventRouter.on": "(self, path, *, transactional=False, name=None)",
     "EventRouter.include_router": "(self, other, *, prefix='')",
