@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.pool import QueuePool
 
 from pgebus.errors import StateError
+from pgebus.names import check_schema
 from pgebus.settings import DatabaseSettings
 
 __all__ = ["DatabaseSessionManager", "make_engine"]
@@ -40,7 +41,11 @@ def make_engine(settings: DatabaseSettings, *, url: URL | None = None, **engine_
         url: Another address than `settings.sqlalchemy_url()`.
         **engine_options: For `create_async_engine`; they go before the settings. `connect_args` and
             `execution_options` are merged.
+
+    Raises:
+        InvalidSchemaError: If PostgreSQL would cut or refuse the name of the schema.
     """
+    check_schema(settings.schema_name)  # again: model_copy(update=...) checks nothing
     connect_args = _merged(settings.connect_args, engine_options.pop("connect_args", {}))
     connect_args = {"timeout": settings.connect_timeout_seconds, **connect_args}
     connect_args["server_settings"] = {

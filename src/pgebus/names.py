@@ -16,6 +16,20 @@ MAX_EVENT_TYPE_BYTES: Final = 255
 MAX_IDENTIFIER_BYTES: Final = 63
 
 _EVENT_TYPE: Final = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
+# What PostgreSQL would take for the name of a schema and something on the way to it, or from it, would not.
+_NO_SCHEMA: Final = (
+    # In offline mode Alembic writes blanks for a tab; text files change the ends of lines; and SQLAlchemy leaves a
+    # name unquoted that is a word but for a newline at its end.
+    (re.compile(r"[\x00-\x1f\x7f-\x9f]"), "a control character does not come through Alembic and text files unharmed"),
+    (re.compile(r"\$pgebus\$"), "'$pgebus$' quotes the bodies of our functions"),
+    (re.compile(r"__\[|__EXECMANY_TOKEN__"), "SQLAlchemy would take a part of it for a placeholder, and fill it in"),
+    (
+        re.compile(r"\A(?:collation|concurrently|lateral|system_user|tablesample)\Z"),
+        "it is a word of SQL that SQLAlchemy does not quote",
+    ),
+    (re.compile(r"\Apg_"), "PostgreSQL keeps names that begin with 'pg_' to itself"),
+    (re.compile(r"\Ainformation_schema\Z"), "it belongs to PostgreSQL, and pg_dump leaves out what is in it"),
+)
 
 
 def check_event_type(value: object, *, what: str = "Event type") -> str:
@@ -60,7 +74,8 @@ def check_schema(value: object) -> str:
     """Return *value* when it can name a schema of ours; it is always quoted, so case and punctuation are kept.
 
     Raises:
-        InvalidSchemaError: If it is no text of 1 to 63 bytes, or begins with `pg_`, which PostgreSQL reserves.
+        InvalidSchemaError: If it is no text of 1 to 63 bytes, or a name that PostgreSQL, SQLAlchemy or Alembic would
+            refuse or change; the message says which and why.
     """
     size = _utf8_size(value)
     if size is None or not isinstance(value, str):
@@ -70,12 +85,9 @@ def check_schema(value: object) -> str:
             f"Schema {_shown(value)} has {size} bytes in UTF-8; 1 to {MAX_IDENTIFIER_BYTES} are allowed.",
             value=value,
         )
-    if "$pgebus$" in value:
-        raise InvalidSchemaError(f"Schema {value!r}: '$pgebus$' quotes the bodies of our functions.", value=value)
-    if value.startswith("pg_"):
-        raise InvalidSchemaError(
-            f"Schema {value!r}: PostgreSQL keeps names that begin with 'pg_' to itself.", value=value
-        )
+    for pattern, reason in _NO_SCHEMA:
+        if pattern.search(value):
+            raise InvalidSchemaError(f"Schema {value!r}: {reason}. Choose another name.", value=value)
     return value
 
 

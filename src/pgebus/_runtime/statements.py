@@ -87,7 +87,8 @@ class Statements:
         # The rows are locked, so the update may find them by place; by primary key a planner without statistics
         # would join the whole table. LEFT JOIN: a delivery whose event is gone must be seen, or it would fill its
         # lane for ever.
-        claim = f"""
+        def claim(lost: str) -> str:
+            return f"""
 WITH lane AS MATERIALIZED (
   SELECT g.consumer_group, p.level
   FROM unnest($3::text[]) WITH ORDINALITY AS u(name, ord)
@@ -100,7 +101,7 @@ WITH lane AS MATERIALIZED (
     SELECT d.ctid AS place, d.event_id
     FROM {s}.deliveries d
     WHERE d.status = 'pending' AND d.channel = $2 AND d.consumer_group = lane.consumer_group
-      AND d.priority = lane.level AND d.due_at <= now() AND d.lost {{lost}} 0
+      AND d.priority = lane.level AND d.due_at <= now() AND d.lost {lost}
       AND (d.key IS NULL OR (
             SELECT p.event_id FROM {s}.deliveries p
             WHERE p.channel = d.channel AND p.consumer_group = d.consumer_group AND p.key = d.key
@@ -117,9 +118,10 @@ SET status = 'running', worker_id = $1::bigint, claimed_at = clock_timestamp(), 
 FROM due LEFT JOIN {s}.events e ON e.id = due.event_id
 WHERE d.ctid = due.place
 RETURNING {_LEASE}, {_EVENT}{selected}"""
-        self.claim: Final = claim.replace("{lost}", "=")
+
+        self.claim: Final = claim("= 0")
         # A delivery in whose hands a worker died is taken one at a time, by a worker that can run it alone.
-        self.claim_suspect: Final = claim.replace("{lost}", ">")
+        self.claim_suspect: Final = claim("> 0")
         # Whether such a delivery is due: $1 channel, $2 groups. It has an index of its own.
         self.suspects: Final = f"""
 SELECT EXISTS (SELECT FROM {s}.deliveries d JOIN {s}.consumer_groups g USING (channel, consumer_group)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging.config
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
 from alembic import context
@@ -24,6 +24,9 @@ from pgebus.schemas import metadata_for
 from pgebus.settings import DatabaseSettings, Settings
 
 config = context.config
+# Every statement here names its schema. Translated, the version table of the schema `pgebus` would be looked for in the
+# schema of the settings, and one with square brackets in its name would be refused.
+TRANSLATION: Final = "schema_translate_map"
 
 
 def database_settings() -> DatabaseSettings:
@@ -34,9 +37,10 @@ def database_settings() -> DatabaseSettings:
 
 def is_ours(name: str | None, kind: str, parents: MutableMapping[Any, str | None]) -> bool:
     """Keep autogenerate to our tables; what else is in the database, or in our schema, is somebody else's."""
+    default = context.get_context().dialect.default_schema_name  # Alembic names it None
     if kind == "schema":
-        return name == schema
-    return kind != "table" or parents["schema_qualified_table_name"] in target.tables
+        return (name or default) == schema
+    return kind != "table" or f"{parents['schema_name'] or default}.{name}" in target.tables
 
 
 def migrate(connection: sa.Connection) -> None:
@@ -69,7 +73,12 @@ def migrate_online() -> None:
     """Run on the caller's connection, or on one of our own."""
     connection = config.attributes.get("connection")
     if isinstance(connection, sa.Connection):
-        migrate(connection)
+        translated = connection.get_execution_options().get(TRANSLATION)
+        connection.execution_options(**{TRANSLATION: None})
+        try:
+            migrate(connection)
+        finally:
+            connection.execution_options(**{TRANSLATION: translated})
         return
     if a_loop_runs_here():
         raise StateError(
@@ -91,7 +100,12 @@ def a_loop_runs_here() -> bool:
 async def migrate_on_own_engine() -> None:
     """Connect, migrate, disconnect."""
     # READ COMMITTED: who waited for the lock must see what its holder has done.
-    engine = make_engine(database_settings(), poolclass=NullPool, isolation_level="READ COMMITTED")
+    engine = make_engine(
+        database_settings(),
+        poolclass=NullPool,
+        isolation_level="READ COMMITTED",
+        execution_options={TRANSLATION: None},
+    )
     try:
         async with engine.connect() as connection:
             await connection.run_sync(migrate)

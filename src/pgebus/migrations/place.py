@@ -7,46 +7,73 @@ own `env.py`.
 from __future__ import annotations
 
 import os
+from configparser import InterpolationError
 from typing import Any, Final
 
 import sqlalchemy as sa
 from alembic import context
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 
-from pgebus.errors import SchemaMismatchError
+from pgebus.errors import ConfigurationError, SchemaMismatchError
 from pgebus.models import SCHEMA_VERSION
 from pgebus.names import check_schema, quote_identifier
 
 SCHEMA_OPTION: Final = "pgebus_schema"
 # Of our own environment; inside our schema, so that it is never a host's.
 VERSION_TABLE: Final = "alembic_version"
+_VARIABLE: Final = "PGEBUS_DATABASE__SCHEMA"
 
 
 def schema_name() -> str:
     """Return the schema to migrate, from the first place that names one.
 
-    These are: `config.attributes["pgebus_schema"]`, `-x pgebus_schema=…`, the main option `pgebus_schema`,
-    and the environment variable `PGEBUS_DATABASE__SCHEMA`; else it is `pgebus`.
+    These are: `config.attributes["pgebus_schema"]`, `-x pgebus_schema=…`, the option `pgebus_schema` in
+    `alembic.ini` or `pyproject.toml`, and the environment variable `PGEBUS_DATABASE__SCHEMA`; else it is `pgebus`.
 
     Raises:
         InvalidSchemaError: If PostgreSQL would cut or refuse the name.
+        ConfigurationError: If Alembic's file cannot be read where it names the schema.
     """
-    return check_schema(chosen_schema() or os.environ.get("PGEBUS_DATABASE__SCHEMA") or "pgebus")
+    chosen = chosen_schema()
+    return check_schema(os.environ.get(_VARIABLE) or "pgebus") if chosen is None else chosen
 
 
-def chosen_schema() -> object:
-    """Return the schema that this very run of Alembic was told, or None."""
-    return (
-        context.config.attributes.get(SCHEMA_OPTION)
-        or context.get_x_argument(as_dictionary=True).get(SCHEMA_OPTION)
-        or context.config.get_main_option(SCHEMA_OPTION)
-    )
+def chosen_schema() -> str | None:
+    """Return the schema that this very run of Alembic was told, or None.
+
+    Raises:
+        InvalidSchemaError: If PostgreSQL would cut or refuse the name, or there is none where one is said to be.
+        ConfigurationError: If Alembic's file cannot be read where it names the schema.
+    """
+    for told in (
+        context.config.attributes.get(SCHEMA_OPTION),
+        context.get_x_argument(as_dictionary=True).get(SCHEMA_OPTION),
+        _in_the_file(context.config),
+    ):
+        if told is not None:
+            return check_schema(told)
+    return None
+
+
+def _in_the_file(config: Config) -> object:
+    """Return the option in `alembic.ini`, else in `pyproject.toml`; both take a per cent sign for a reference."""
+    try:
+        return config.get_alembic_option(SCHEMA_OPTION)
+    except (InterpolationError, KeyError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"The option {SCHEMA_OPTION!r} in Alembic's file cannot be read: {error}. Write a per cent sign twice."
+        ) from error
 
 
 def execute(migration: MigrationContext, *statements: str) -> None:
     """Run *statements*, offline write them down; `{schema}` becomes the quoted name of our schema."""
     for statement in statements:
-        migration.execute(_text(statement.strip()))
+        if migration.as_sql:
+            # Alembic would double a per cent sign in the name of the schema, for some drivers.
+            migration.impl.static_output(f"{_filled(statement.strip())}{migration.impl.command_terminator}")
+        else:
+            migration.execute(_text(statement.strip()))
 
 
 def create_schema(migration: MigrationContext) -> None:
@@ -118,10 +145,13 @@ def _connection(migration: MigrationContext) -> sa.Connection:
 
 
 def _look(migration: MigrationContext, query: str, name: str) -> Any:
-    name = name.replace("{schema}", quote_identifier(schema_name()))
-    return _connection(migration).scalar(sa.text(query), {"name": name})
+    return _connection(migration).scalar(sa.text(query), {"name": _filled(name)})
 
 
 def _text(sql: str) -> sa.TextClause:
     # text() takes a colon before a word for a parameter, and the name of a schema may hold one.
-    return sa.text(sql.replace("{schema}", quote_identifier(schema_name())).replace(":", r"\:"))
+    return sa.text(_filled(sql).replace(":", r"\:"))
+
+
+def _filled(sql: str) -> str:
+    return sql.replace("{schema}", quote_identifier(schema_name()))
