@@ -7,6 +7,7 @@ calls it.
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -61,7 +62,8 @@ def leave_ours_alone(context: AutogenContext, operations: ops.UpgradeOps) -> Non
         is_ours = schema in present and operation.table_name in (_OURS | {VERSION_TABLE})
         return is_ours or schema in looked_into_by_us
 
-    operations.ops[:] = [operation for operation in operations.ops if not is_none_of_theirs(operation)]
+    kept = [operation for operation in operations.ops if not is_none_of_theirs(operation)]
+    operations.ops[:] = [operation for operation in kept if not _only_names_the_default_schema(context, operation)]
 
 
 def place_revision(context: AutogenContext, operations: ops.UpgradeOps) -> None:
@@ -87,6 +89,37 @@ def place_revision(context: AutogenContext, operations: ops.UpgradeOps) -> None:
         newest = next((each for each in scripts.walk_revisions() if _is_ours(each)), None)
         if newest is not None and not any(_is_ours(each) for each in behind):
             script.depends_on = newest.revision
+
+
+def _only_names_the_default_schema(context: AutogenContext, operation: ops.MigrateOperation) -> bool:
+    """Take back that a foreign key of ours goes and comes again as it was; return whether that was all.
+
+    Alembic compares the default schema, which has no name in what it reads, with the name that our metadata hold.
+    """
+    if not isinstance(operation, ops.ModifyTableOps) or operation.table_name not in _OURS:
+        return False
+    gone, made = [], []
+    for each in operation.ops:
+        reverse = each.reverse() if isinstance(each, ops.DropConstraintOp) else None
+        if isinstance(reverse, ops.CreateForeignKeyOp):
+            gone.append((each, _meaning(context, reverse)))
+        elif isinstance(each, ops.CreateForeignKeyOp):
+            made.append((each, _meaning(context, each)))
+    equal = {id(each) for one, other in product(gone, made) if one[1] == other[1] for each in (one[0], other[0])}
+    operation.ops[:] = [each for each in operation.ops if id(each) not in equal]
+    return not operation.ops
+
+
+def _meaning(context: AutogenContext, key: ops.CreateForeignKeyOp) -> dict[str, object]:
+    options = {name: value for name, value in key.kw.items() if value is not None}
+    for schema in ("source_schema", "referent_schema"):
+        options[schema] = _or_default(context, options.get(schema))
+    return {
+        "name": key.constraint_name,
+        "tables": (key.source_table, key.referent_table),
+        "columns": (list(key.local_cols), list(key.remote_cols)),
+        **options,
+    }
 
 
 def _changes_ours(context: AutogenContext, operations: ops.UpgradeOps) -> bool:
