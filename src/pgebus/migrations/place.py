@@ -7,6 +7,7 @@ own `env.py`.
 from __future__ import annotations
 
 import os
+import re
 from configparser import InterpolationError
 from typing import Any, Final
 
@@ -57,13 +58,21 @@ def chosen_schema() -> str | None:
 
 
 def _in_the_file(config: Config) -> object:
-    """Return the option in `alembic.ini`, else in `pyproject.toml`; both take a per cent sign for a reference."""
+    """Return the option in `alembic.ini`, else in `pyproject.toml`; in both, a per cent sign begins a reference."""
     try:
-        return config.get_alembic_option(SCHEMA_OPTION)
-    except (InterpolationError, KeyError, TypeError, ValueError) as error:
-        raise ConfigurationError(
-            f"The option {SCHEMA_OPTION!r} in Alembic's file cannot be read: {error}. Write a per cent sign twice."
-        ) from error
+        value: object = config.get_alembic_option(SCHEMA_OPTION)
+    except (InterpolationError, LookupError, TypeError, ValueError) as error:
+        raise _not_doubled() from error
+    raw = config.toml_alembic_config.get(SCHEMA_OPTION)
+    if isinstance(raw, str) and "%" in re.sub(r"%%|%\(\w+\)s", "", raw):  # Python would make nearly any text of it
+        raise _not_doubled()
+    return value
+
+
+def _not_doubled() -> ConfigurationError:
+    return ConfigurationError(
+        f"The option {SCHEMA_OPTION!r} in Alembic's file cannot be read. Write each per cent sign in it twice."
+    )
 
 
 def execute(migration: MigrationContext, *statements: str) -> None:
