@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
+import asyncpg
+
+from pgebus.names import quote_identifier
+
 # In the default lane: each has several dangers at once.
 ODD: Final = (
     """Tenant "7" 'ä'; -- %s 100% :name \\:x""",
@@ -94,3 +98,16 @@ REFUSED: Final = (
     "system_user",
     "tablesample",
 )
+
+
+async def schemas_in(connection: asyncpg.Connection[asyncpg.Record]) -> list[str]:
+    """Return the schemas that are not PostgreSQL's own."""
+    rows = await connection.fetch("SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_|^information_' ORDER BY 1")
+    return [row["nspname"] for row in rows]
+
+
+async def clear(connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    """Leave nothing but an empty `public`: what a test that failed has left is not to fail the next."""
+    for name in await schemas_in(connection):
+        await connection.execute(f"DROP SCHEMA {quote_identifier(name)} CASCADE")
+    await connection.execute("CREATE SCHEMA public")

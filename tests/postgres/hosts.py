@@ -57,6 +57,7 @@ class Host:
         self.folder = folder / "host"
         self.packages = folder / "packages"
         self.template = template
+        self.variables: dict[str, str] = {}
         self._settings = settings
         self._shell: subprocess.Popen[str] | None = None
 
@@ -116,7 +117,8 @@ class Host:
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("PGEBUS_")}
         path = os.pathsep.join(filter(None, [str(self.packages), kept.get("PYTHONPATH")]))
-        return kept | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONWARNINGS": "error"}
+        own = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONWARNINGS": "error"}
+        return kept | own | self.variables
 
     @property
     def versions(self) -> Path:
@@ -137,7 +139,7 @@ class Host:
         file = self.folder / "migrations" / "env.py"
         source = re.sub(
             r"^(import models\n)?target_metadata = .*$",
-            f"import models\ntarget_metadata = {target}",
+            lambda _: f"import models\ntarget_metadata = {target}",
             file.read_text(encoding="utf-8"),
             flags=re.MULTILINE,
         )
@@ -147,6 +149,19 @@ class Host:
                 "target_metadata=target_metadata", f"target_metadata=target_metadata, {name}={value!r}"
             )
         file.write_text(source, encoding="utf-8")
+
+    def option(self, name: str, value: str) -> None:
+        """Set an option of Alembic in the file that this host keeps them in; `%` begins a reference in both."""
+        value = value.replace("%", "%%")
+        if self.template.startswith("pyproject"):
+            file, line = self.folder / "pyproject.toml", f"{name} = {json.dumps(value, ensure_ascii=False)}"
+            section = "[tool.alembic]"
+        else:
+            file, line, section = self.folder / "alembic.ini", f"{name} = {value}", "[alembic]"
+        source = file.read_text(encoding="utf-8")
+        assert source.count(f"{section}\n") == 1
+        file.write_text(source.replace(f"{section}\n", f"{section}\n{line}\n"), encoding="utf-8")
+        self.restart()
 
     def revise(self, message: str, *arguments: str) -> Path:
         """Make a revision; return its file, wherever it is."""

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from tests.conftest import Server
-from tests.postgres.hosts import MODELS, SUBCLASS, CommandError, Host
+from tests.postgres.hosts import MODELS, SUBCLASS, CommandError, Host, Template
+from tests.schema_names import ODD, schemas_in
 from tests.system.bus import Sql
 
 from pgebus.migrations import upgrade
+from pgebus.names import quote_identifier
 from pgebus.settings import DatabaseSettings
 
 BOTH = "[models.Base.metadata, models.pgebus.metadata]"
@@ -110,8 +112,8 @@ async def test_without_our_metadata_a_host_never_hears_of_us(
     assert "deliveries" not in found
 
 
-@pytest.mark.parametrize("schema", ["second", pytest.param('Odd "name"', marks=pytest.mark.slow)])
-def test_in_another_schema_a_host_asks_for_our_metadata_by_name(host: Host, schema: str) -> None:
+@pytest.mark.parametrize("schema", ["second", "public", *(pytest.param(name, marks=pytest.mark.slow) for name in ODD)])
+async def test_in_another_schema_a_host_asks_for_our_metadata_by_name(host: Host, schema: str, sql: Sql) -> None:
     host.models(MODELS + SUBCLASS)
     host.env(f"[models.Base.metadata, models.pgebus.metadata_for({schema!r})]")
     host.alembic("-x", f"pgebus_schema={schema}", "upgrade", "pgebus@head")
@@ -120,3 +122,55 @@ def test_in_another_schema_a_host_asks_for_our_metadata_by_name(host: Host, sche
     assert f"source_schema={schema!r}" in made.read_text(encoding="utf-8")
     host.alembic("-x", f"pgebus_schema={schema}", "upgrade", "heads")
     assert is_clean(host)
+
+    subscriptions = f"{quote_identifier(schema)}.subscriptions"
+    await sql.execute(
+        f"ALTER TABLE {subscriptions} DROP CONSTRAINT fk_subscriptions_group, ADD CONSTRAINT fk_subscriptions_group"
+        f" FOREIGN KEY (channel, consumer_group) REFERENCES {quote_identifier(schema)}.consumer_groups"
+    )
+    found = differences(host)
+    assert "remove_fk" in found
+    assert "add_fk" in found
+    await sql.execute(f"ALTER TABLE {subscriptions} DROP CONSTRAINT fk_subscriptions_group")
+    found = differences(host)
+    assert "remove_fk" not in found
+    assert "add_fk" in found
+
+
+async def test_a_host_sees_several_schemas_apart(host: Host, sql: Sql, empty_database: DatabaseSettings) -> None:
+    """One for each tenant, and one that somebody else uses in the same database."""
+    tenants = ("first", ODD[0])
+    host.alembic("-x", f"pgebus_schema={tenants[0]}", "upgrade", "pgebus@head")
+    for schema in (tenants[1], "of somebody else"):
+        await asyncio.to_thread(upgrade, empty_database.model_copy(update={"schema_name": schema}))
+    copies = ", ".join(f"models.pgebus.metadata_for({schema!r})" for schema in tenants)
+    host.env(f"[models.Base.metadata, {copies}]")
+    assert operations(host.revise("orders", "--autogenerate")) == ["create_table"]
+    host.alembic("upgrade", "heads")
+    await sql.execute('DROP INDEX "of somebody else".ix_deliveries_due')
+    assert is_clean(host)
+    await sql.execute(f"DROP INDEX {quote_identifier(ODD[0])}.ix_deliveries_dead")
+    found = differences(host)
+    assert found.count("add_index") == 1
+    assert repr(ODD[0]) in found
+
+
+@pytest.mark.parametrize("template", ["generic", "pyproject"])
+async def test_a_host_names_the_schema_in_its_file(
+    template: Template, tmp_path: Path, sql: Sql, empty_database: DatabaseSettings
+) -> None:
+    """What else names one: the command line goes before it, the environment behind it."""
+    with Host(tmp_path, template, empty_database) as host:
+        host.variables["PGEBUS_DATABASE__SCHEMA"] = "of the environment"
+        host.alembic("upgrade", "pgebus@head")
+        host.alembic("downgrade", "pgebus@base")
+        host.option("pgebus_schema", ODD[0])
+        host.env(f"[models.Base.metadata, models.pgebus.metadata_for({ODD[0]!r})]")
+        host.alembic("upgrade", "pgebus@head")
+        assert await schemas_in(sql) == [ODD[0], "public"]
+        assert operations(host.revise("orders", "--autogenerate")) == ["create_table"]
+        host.alembic("upgrade", "heads")
+        assert is_clean(host)
+        host.alembic("downgrade", "base")
+        host.alembic("-x", "pgebus_schema=a=b", "upgrade", "pgebus@head")
+        assert await schemas_in(sql) == ["a=b", "public"]

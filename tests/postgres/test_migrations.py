@@ -230,6 +230,34 @@ async def test_a_running_loop_is_told_to_use_a_thread(empty_database: DatabaseSe
             migrate(empty_database)
 
 
+async def test_the_schema_that_the_call_names_wins_over_the_settings(
+    empty_database: DatabaseSettings, empty: asyncpg.Connection[asyncpg.Record]
+) -> None:
+    """The version table too is there, and not in the schema that the settings translate ours to."""
+    settings = in_schema(empty_database, "second")
+    engine = make_engine(settings)
+
+    def migrate(connection: Connection) -> None:
+        config = own_config(settings)
+        config.attributes["pgebus_schema"] = "pgebus"
+        config.attributes["connection"] = connection
+        command.upgrade(config, "pgebus@head")
+        assert connection.get_execution_options()["schema_translate_map"] == {"pgebus": "second"}
+
+    config = own_config(settings)
+    config.attributes["pgebus_schema"] = "pgebus"
+    async with engine.connect() as connection:
+        await connection.run_sync(migrate)
+        await connection.commit()
+    await engine.dispose()
+    for _ in range(2):
+        await asyncio.to_thread(command.upgrade, config, "pgebus@head")
+        assert not await is_there(empty, "second")
+        assert await empty.fetchval("SELECT count(*) FROM pgebus.alembic_version") == 1
+        await asyncio.to_thread(command.downgrade, config, "base")
+        assert not await is_there(empty, "pgebus")
+
+
 async def test_a_connection_of_the_caller_is_used_and_left_to_its_owner(
     empty_database: DatabaseSettings, empty: asyncpg.Connection[asyncpg.Record]
 ) -> None:

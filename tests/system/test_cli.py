@@ -24,6 +24,7 @@ from pgebus.cli.demo.shop import Base
 from pgebus.cli.demo.stage import BrokenPromiseError, Stage
 from pgebus.embedded import EmbeddedPostgres
 from pgebus.models import SCHEMA_VERSION
+from tests.schema_names import ODD, REFUSED
 
 PGEBUS = [sys.executable, "-m", "pgebus.cli"]
 CANARY = "canary-8d1f"
@@ -167,6 +168,37 @@ async def test_migrate_takes_the_schema_from_the_settings(
     done = await migrate(here, url_of(empty_database), PGEBUS_CONFIG_FILE="bus.toml")
     assert (done.returncode, done.stderr) == (0, "")
     assert await version_in(empty_database, "Shop events") == SCHEMA_VERSION
+
+
+@pytest.mark.parametrize("place", ["the environment", ".env", "TOML"])
+async def test_a_schema_of_any_name_is_migrated_and_checked(
+    place: str, empty_database: DatabaseSettings, here: Here, tmp_path: Path
+) -> None:
+    schema = ODD[0]
+    variables = {"PGEBUS_DATABASE__URL": url_of(empty_database)}
+    if place == "the environment":
+        variables["PGEBUS_DATABASE__SCHEMA"] = schema
+    elif place == ".env":
+        quoted = schema.replace("\\", "\\\\").replace("'", "\\'")
+        (tmp_path / ".env").write_text(f"PGEBUS_DATABASE__SCHEMA='{quoted}'\n", encoding="utf-8")
+    else:
+        quoted = schema.replace("\\", "\\\\").replace('"', '\\"')
+        (tmp_path / "bus.toml").write_text(f'[database]\nschema = "{quoted}"\n', encoding="utf-8")
+        variables["PGEBUS_CONFIG_FILE"] = "bus.toml"
+    for command, says in (("migrate", "is migrated"), ("check", "no differences")):
+        done = await asyncio.to_thread(here, command, **variables)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"schema {schema!r}" in done.stdout
+        assert says in done.stdout
+
+
+@pytest.mark.parametrize("command", ["migrate", "check"])
+@pytest.mark.parametrize("schema", [name for name in REFUSED if name and not set(name) & {"\x00", "\ud800"}])
+def test_a_schema_that_cannot_be_is_a_misuse(command: str, schema: str, here: Here) -> None:
+    """No server is asked: there is none."""
+    url = f"postgresql://shop:{CANARY}@127.0.0.1:1/orders"
+    done = here(command, PGEBUS_DATABASE__URL=url, PGEBUS_DATABASE__SCHEMA=schema)
+    assert_mistake(done, 2, "database.schema", repr(schema[:80]))
 
 
 async def test_migrate_refuses_a_revision_that_is_not_there(empty_database: DatabaseSettings, here: Here) -> None:
