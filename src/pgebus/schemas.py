@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from sqlalchemy import Column, ForeignKeyConstraint, MetaData, Table
 
+from pgebus.errors import InvalidSchemaError
 from pgebus.models import metadata
 from pgebus.names import check_schema
 
@@ -22,6 +23,22 @@ def metadata_for(schema: str) -> MetaData:
 
     Args:
         schema: The name, unquoted.
+
+    Raises:
+        InvalidSchemaError: If PostgreSQL would cut or refuse the name, or it holds a dot: Alembic's operations would
+            take it for two names.
+    """
+    if "." in check_schema(schema):
+        raise InvalidSchemaError(
+            f"Schema {schema!r}: Alembic's operations take a dot for the end of a name, and would change tables in "
+            "another schema or none. Choose another name, or write the changes to our tables in SQL.",
+            value=schema,
+        )
+    return tables_in(schema)
+
+
+def tables_in(schema: str) -> MetaData:
+    """Return the same for comparing alone, where a dot does no harm.
 
     Raises:
         InvalidSchemaError: If PostgreSQL would cut or refuse the name.

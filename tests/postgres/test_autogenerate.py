@@ -18,6 +18,8 @@ from pgebus.migrations import upgrade
 from pgebus.names import quote_identifier
 from pgebus.settings import DatabaseSettings
 
+# Alembic's operations would take it for two names.
+WITHOUT_A_DOT = [name.replace(".", "") for name in ODD if name != "public"]
 BOTH = "[models.Base.metadata, models.pgebus.metadata]"
 
 
@@ -112,7 +114,9 @@ async def test_without_our_metadata_a_host_never_hears_of_us(
     assert "deliveries" not in found
 
 
-@pytest.mark.parametrize("schema", ["second", "public", *(pytest.param(name, marks=pytest.mark.slow) for name in ODD)])
+@pytest.mark.parametrize(
+    "schema", ["second", "public", *(pytest.param(name, marks=pytest.mark.slow) for name in WITHOUT_A_DOT)]
+)
 async def test_in_another_schema_a_host_asks_for_our_metadata_by_name(host: Host, schema: str, sql: Sql) -> None:
     host.models(MODELS + SUBCLASS)
     host.env(f"[models.Base.metadata, models.pgebus.metadata_for({schema!r})]")
@@ -149,9 +153,9 @@ async def test_a_host_sees_several_schemas_apart(host: Host, sql: Sql, empty_dat
     host.alembic("upgrade", "heads")
     await sql.execute('DROP INDEX "of somebody else".ix_deliveries_due')
     assert is_clean(host)
-    await sql.execute(f"DROP INDEX {quote_identifier(ODD[0])}.ix_deliveries_dead")
+    await sql.execute(f"ALTER TABLE {quote_identifier(ODD[0])}.workers ADD surplus int")
     found = differences(host)
-    assert found.count("add_index") == 1
+    assert found.count("remove_column") == 1
     assert repr(ODD[0]) in found
 
 

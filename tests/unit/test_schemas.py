@@ -25,7 +25,7 @@ def test_another_schema_has_the_same_tables_with_the_same_names_of_everything() 
     assert key.referred_table is copied.tables["second.consumer_groups"]
 
 
-@pytest.mark.parametrize("schema", ["", "é" * 32, "pg_mine"])
-def test_a_name_that_postgresql_would_cut_or_refuse_is_refused(schema: str) -> None:
+@pytest.mark.parametrize("schema", ["", "é" * 32, "pg_mine", "tab\tbed", "a.b"])
+def test_a_name_that_postgresql_would_cut_or_alembic_would_split_is_refused(schema: str) -> None:
     with pytest.raises(InvalidSchemaError):
         metadata_for(schema)

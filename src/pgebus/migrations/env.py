@@ -20,7 +20,7 @@ from sqlalchemy.pool import NullPool
 from pgebus.database import make_engine
 from pgebus.errors import StateError
 from pgebus.migrations import place
-from pgebus.schemas import metadata_for
+from pgebus.schemas import tables_in
 from pgebus.settings import DatabaseSettings, Settings
 
 config = context.config
@@ -140,7 +140,7 @@ if config.cmd_opts is not None and config.config_file_name is not None and confi
 
 config.attributes[place.SCHEMA_OPTION] = place.chosen_schema() or database_settings().schema_name
 schema = place.schema_name()
-target = metadata_for(schema)
+target = tables_in(schema)
 if context.is_offline_mode():
     migrate_offline()
 else:
