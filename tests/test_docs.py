@@ -47,6 +47,8 @@ REFERENCE, GUARANTEES = ROOT / "docs" / "reference.md", ROOT / "docs" / "guarant
 # The guide to subclassing is executed elsewhere, in an interpreter of its own: a subclass of Event is for good.
 GUIDES = [page for page in (ROOT / "docs").rglob("*.md") if page.name != "subclassing.md"]
 PAGES = sorted([ENGLISH, CHINESE, ROOT / "CHANGELOG.md", *GUIDES])
+# What is in them is executed in tests/examples.
+EXAMPLES = sorted((ROOT / "examples").glob("*/README.md"))
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
@@ -409,7 +411,7 @@ def test_both_readmes_have_the_same_code_but_for_comments() -> None:
             assert bare[0] == bare[1], (one.id, other.id)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *EXAMPLES], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", prose(page)):
         if target.startswith("https://"):

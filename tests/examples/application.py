@@ -20,6 +20,7 @@ from tests.system.waiting import until
 
 EXAMPLES: Final = Path(__file__).parents[2] / "examples"
 PATIENCE: Final = 60.0
+SOON: Final = 20.0
 
 _ADDRESS: Final = re.compile(r"Uvicorn running on (http://\S+)")
 
@@ -46,7 +47,10 @@ class Program:
             return bool(matches)
 
         matches: list[re.Match[str]] = []
-        await until(look, PATIENCE)
+        try:
+            await until(look, SOON)
+        except AssertionError:
+            raise AssertionError(f"{self.command} has not printed {pattern.pattern!r}:\n{self.printed()}") from None
         return matches[0]
 
 

@@ -15,6 +15,7 @@ from shop.models import Order
 class OrderPlaced(Event, event_type="order.placed"):
     """A customer has placed an order; the foreign key says which, and that it is there."""
 
-    # Optional, because the rows of other events have the column too; indexed, so that orders can be deleted quickly.
+    # Optional, because the rows of other events have the column too; indexed, because PostgreSQL looks here whenever
+    # an order is deleted.
     order_id: Mapped[int | None] = mapped_column(ForeignKey(Order.__table__.c.id), index=True)
     order: Mapped[Order | None] = relationship(Order)

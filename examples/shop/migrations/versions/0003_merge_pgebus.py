@@ -1,6 +1,7 @@
 """Merge pgebus.
 
-Written by `alembic merge heads -m "merge pgebus"`: one head for our history and that of pgebus.
+Made by `alembic merge shop_0002 pgebus@head`: one head for our history and that of pgebus. Not `merge heads`, which
+leaves out a head that another revision depends on.
 """
 
 from __future__ import annotations
