@@ -14,9 +14,9 @@ import pytest
 from sqlalchemy import URL, make_url
 
 from pgebus.database import DatabaseSessionManager
-from pgebus.embedded import EmbeddedPostgres
 from pgebus.migrations import upgrade
 from pgebus.settings import DatabaseSettings
+from tests.embedded import embedded
 
 # Nothing here outlives the run, so durability would only cost time. Tests of durability start a server of their own.
 FAST = {"fsync": "off", "synchronous_commit": "on", "full_page_writes": "off", "max_connections": "200"}
@@ -52,7 +52,7 @@ def server() -> Iterator[Server]:
     if url := os.environ.get("PGEBUS_TEST_URL"):
         yield Server(make_url(url))
         return
-    with EmbeddedPostgres(FAST) as postgres:
+    with embedded(FAST) as postgres:
         yield Server(make_url(postgres.url()))
 
 

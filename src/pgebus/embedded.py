@@ -1,6 +1,7 @@
 """A PostgreSQL server of one's own, from a wheel: for `pgebus demo`, for tests, for trying things out.
 
-Not for production: its data lives in a temporary directory. Needs the extra `embedded`.
+Not for production: its data lives in a temporary directory. Needs the extra `embedded`, or the programs of a PostgreSQL
+that is there already.
 """
 
 from __future__ import annotations
@@ -31,18 +32,21 @@ class EmbeddedPostgres:
 
     Args:
         settings: Server settings for `postgresql.conf`, for example `{"fsync": "off"}`.
+        programs: The directory with `initdb` and `pg_ctl` of the PostgreSQL to run, for example
+            `Path("/usr/lib/postgresql/16/bin")`. Without it, the one from the wheel.
 
     Raises:
-        ConfigurationError: On construction, when the extra `embedded` is not installed.
+        ConfigurationError: On construction, when *programs* does not hold them, or is not given and the extra
+            `embedded` is not installed.
     """
 
     user = "postgres"
     database = "postgres"
     port = 5432
 
-    def __init__(self, settings: dict[str, str] | None = None) -> None:
+    def __init__(self, settings: dict[str, str] | None = None, *, programs: Path | None = None) -> None:
         self._settings = dict(settings or {})
-        self._wheel = _find_wheel()
+        self._programs = _find_wheel() / "bin" if programs is None else _checked(programs)
         self._bin: Path | None = None
         self._home: Path | None = None
 
@@ -131,7 +135,7 @@ class EmbeddedPostgres:
 
     def _run(self, program: str, *args: str) -> None:
         assert self._bin is not None  # noqa: S101 - start() has set it
-        subprocess.run(  # noqa: S603 - fixed programs of the wheel, no shell
+        subprocess.run(  # noqa: S603 - PostgreSQL's own programs, no shell
             [str(self._bin / program), *args],
             check=True,
             user=_ORDINARY_USER if _is_root() else None,
@@ -143,17 +147,14 @@ class EmbeddedPostgres:
 
     def _prepare(self, home: Path) -> None:
         """Find the programs; as root, give the directory (and where needed a copy of them) to an ordinary user."""
-        self._bin = self._wheel / "bin"
+        self._bin = self._programs
         if not _is_root():
             return
         home.chmod(0o755)
         shutil.chown(home, _ORDINARY_USER)
-        if not all(parent.stat().st_mode & 0o001 for parent in self._bin.parents):
+        if not all(parent.stat().st_mode & 0o001 for parent in (self._programs, *self._programs.parents)):
             # Opening a closed directory such as /root to everybody would outlive us; a copy does not.
-            package = self._wheel.parent
-            for part in (package.name + ".libs", f"{package.name}/{self._wheel.name}"):
-                shutil.copytree(package.parent / part, home / part)
-            self._bin = home / package.name / self._wheel.name / "bin"
+            self._bin = _copy(self._programs, home / "programs")
 
 
 def _find_wheel() -> Path:
@@ -163,6 +164,32 @@ def _find_wheel() -> Path:
         raise ConfigurationError("An embedded PostgreSQL needs the extra 'embedded': pip install 'pgebus[embedded]'.")
     package = Path(found.submodule_search_locations[0])
     return max(package.glob("pginstall[0-9]*"), default=package / "pginstall")
+
+
+def _checked(programs: Path) -> Path:
+    """Return *programs* as an absolute path, since the programs are run in another directory."""
+    missing = [name for name in ("initdb", "pg_ctl") if not (programs / name).is_file()]
+    if missing:
+        raise ConfigurationError(
+            f"There is no {' and no '.join(missing)} in {str(programs)!r}. programs= takes the directory that holds "
+            "initdb and pg_ctl, for example Path('/usr/lib/postgresql/16/bin')."
+        )
+    return programs.resolve()
+
+
+def _copy(programs: Path, target: Path) -> Path:
+    """Copy the whole PostgreSQL around *programs*; return where they are now.
+
+    PostgreSQL finds its libraries and its files by their place relative to its programs. A wheel keeps some libraries
+    beside its package, in a directory named after it.
+    """
+    installation = programs.parent
+    package = installation.parent
+    libraries = package.with_name(package.name + ".libs")
+    shutil.copytree(installation, target / package.name / installation.name)
+    if libraries.is_dir():
+        shutil.copytree(libraries, target / libraries.name)
+    return target / package.name / installation.name / programs.name
 
 
 def _is_root() -> bool:

@@ -13,9 +13,9 @@ import pytest
 from sqlalchemy import Column, Integer, MetaData, NullPool, Table, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from tests.embedded import embedded
 
 from pgebus.database import DatabaseSessionManager, make_engine
-from pgebus.embedded import EmbeddedPostgres
 from pgebus.errors import StateError
 from pgebus.settings import DatabaseSettings
 
@@ -343,7 +343,7 @@ async def test_hosts_and_ports_may_be_parameters(empty_database: DatabaseSetting
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[str]:
     """The socket directory of a server that asks the role `shop` for its password, which is NASTY."""
-    with EmbeddedPostgres({"fsync": "off"}) as postgres:
+    with embedded({"fsync": "off"}) as postgres:
         quoted = NASTY.replace("'", "''")
         asyncio.run(_execute(postgres.url(None), f"CREATE ROLE shop LOGIN PASSWORD '{quoted}'"))
         rules = Path(postgres.host) / "data" / "pg_hba.conf"

@@ -10,13 +10,13 @@ from pathlib import Path
 import asyncpg
 import pytest
 from tests.conftest import Server
+from tests.embedded import embedded
 from tests.postgres.plain_sql import Sql
 from tests.system.waiting import until
 
 from pgebus import DatabaseSettings
 from pgebus._catalog import _qualifier
 from pgebus.drift import Difference, DriftCheckError, find_drift
-from pgebus.embedded import EmbeddedPostgres
 from pgebus.migrations import downgrade, upgrade
 from pgebus.models import SCHEMA_VERSION
 from pgebus.names import quote_identifier
@@ -471,7 +471,7 @@ async def test_a_role_that_may_not_look_into_the_schema_is_told_so_by_postgresql
 
 
 async def test_a_standby_is_refused_with_what_to_do() -> None:
-    with EmbeddedPostgres({"fsync": "off"}) as postgres:
+    with embedded({"fsync": "off"}) as postgres:
         settings = DatabaseSettings(host=postgres.host, user=postgres.user, database=postgres.database)
         await asyncio.to_thread(upgrade, settings)
         postgres.shut_down()

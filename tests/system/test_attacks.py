@@ -33,6 +33,7 @@ from pgebus._runtime import claiming, listening, maintenance, quarantine
 from pgebus.embedded import EmbeddedPostgres
 from pgebus.migrations import downgrade, upgrade
 from tests.conftest import Server
+from tests.embedded import embedded
 from tests.system.bus import Sql, delivery, finished, publish, running, settings
 from tests.system.faults import backends, connected, tasks_of_ours
 from tests.system.processes import Inquest
@@ -591,7 +592,7 @@ async def test_an_impatient_stop_ends_the_wait_of_a_patient_one(
 @pytest.fixture
 async def frozen_server() -> AsyncIterator[EmbeddedPostgres]:
     """A server of the test's own, to be frozen."""
-    server = EmbeddedPostgres({"fsync": "off"})
+    server = embedded({"fsync": "off"})
     await asyncio.to_thread(server.start)
     yield server
     await asyncio.to_thread(server.stop)

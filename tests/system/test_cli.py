@@ -22,8 +22,8 @@ from pgebus.cli.demo.balance import draw_up
 from pgebus.cli.demo.screen import Screen
 from pgebus.cli.demo.shop import Base
 from pgebus.cli.demo.stage import BrokenPromiseError, Stage
-from pgebus.embedded import EmbeddedPostgres
 from pgebus.models import SCHEMA_VERSION
+from tests.embedded import embedded
 from tests.schema_names import ODD, REFUSED
 
 PGEBUS = [sys.executable, "-m", "pgebus.cli"]
@@ -245,7 +245,7 @@ def test_migrate_says_that_nothing_is_there(here: Here) -> None:
 
 
 def test_migrate_does_not_show_a_password_that_is_wrong(here: Here) -> None:
-    with EmbeddedPostgres({"fsync": "off"}) as postgres:
+    with embedded({"fsync": "off"}) as postgres:
         (Path(postgres.host) / "data" / "pg_hba.conf").write_text("local all all scram-sha-256\n")
         postgres.restart()
         done = here(

@@ -31,6 +31,7 @@ from pgebus._runtime.store import Line
 from pgebus.embedded import EmbeddedPostgres
 from pgebus.migrations import upgrade
 from tests.conftest import Server
+from tests.embedded import embedded
 from tests.system.bus import Sql, delivery, finished, publish, settings
 from tests.system.faults import (
     EFFECTS,
@@ -55,7 +56,7 @@ DEAF = {"poll_interval_seconds": 60.0}
 @pytest.fixture(scope="module")
 def durable() -> Iterator[EmbeddedPostgres]:
     """A server that may be restarted, and that keeps what it has confirmed."""
-    with EmbeddedPostgres() as postgres:
+    with embedded() as postgres:
         yield postgres
 
 
