@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-slow check fix clean
+.PHONY: help demo test test-slow test-matrix check fix clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ test: $(STAMP) ## every test of the default lane, on an embedded PostgreSQL
 test-slow: $(STAMP) ## the longer lanes as well
 	$(BIN)/python -m pytest -m ''
 
+test-matrix: $(STAMP) ## every PostgreSQL, the oldest and the newest libraries; about an hour
+	$(BIN)/python -m tests.matrix $(ARGS)
+
 check: $(STAMP) ## format, lint, types, direction of imports: no database
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -36,4 +39,4 @@ fix: $(STAMP) ## format, and mend what the linter can
 	$(BIN)/ruff format .
 
 clean: ## remove what make made
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
