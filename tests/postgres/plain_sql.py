@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, TypeAlias
 
 import asyncpg
+from tests.system.waiting import until
 
 Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
@@ -72,3 +73,13 @@ async def drain(heard: asyncio.Queue[str], sql: Sql, channel: str) -> list[str]:
     while (payload := await heard.get()) != "end":
         seen.append(payload)
     return seen
+
+
+async def terminate(sql: Sql, pid: int) -> None:
+    """End a backend and wait until it is gone; `pg_terminate_backend` can wait for it itself only from 14 on."""
+    assert await sql.fetchval("SELECT pg_terminate_backend($1)", pid)
+
+    async def gone() -> bool:
+        return not await sql.fetchval("SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1)", pid)
+
+    await until(gone)

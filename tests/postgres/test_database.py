@@ -295,7 +295,7 @@ async def test_a_connection_that_the_server_closed_is_replaced_when_it_is_taken_
         assert isinstance(raw, asyncpg.Connection)
     other = make_engine(empty_database, poolclass=NullPool)
     async with other.connect() as connection:
-        await connection.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": raw.get_server_pid()})
+        await connection.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": raw.get_server_pid()})
         async with asyncio.timeout(10):
             while not raw.is_closed():  # the loop has to read the end of the stream first
                 await connection.execute(select(1))
@@ -343,7 +343,7 @@ async def test_hosts_and_ports_may_be_parameters(empty_database: DatabaseSetting
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[str]:
     """The socket directory of a server that asks the role `shop` for its password, which is NASTY."""
-    with embedded({"fsync": "off"}) as postgres:
+    with embedded({"fsync": "off", "password_encryption": "scram-sha-256"}) as postgres:  # before 14, md5 unless told
         quoted = NASTY.replace("'", "''")
         asyncio.run(_execute(postgres.url(None), f"CREATE ROLE shop LOGIN PASSWORD '{quoted}'"))
         rules = Path(postgres.host) / "data" / "pg_hba.conf"

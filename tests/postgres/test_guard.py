@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, SessionTransaction, object_session
 from tests.postgres.deliveries import BEGIN, Account, Deliveries, Entry, UndoError, opened
 from tests.postgres.deliveries import deliveries as deliveries
 from tests.postgres.deliveries import ledger as ledger
+from tests.postgres.plain_sql import terminate
 
 from pgebus._guard import guard_engine
 from pgebus.database import make_engine
@@ -473,7 +474,7 @@ async def test_a_lost_connection_is_not_replaced(deliveries: Deliveries) -> None
     async def handler(session: GuardedSession) -> None:
         await opened(session)
         pid = await session.scalar(text("SELECT pg_backend_pid()"))
-        await deliveries.sql.fetchval("SELECT pg_terminate_backend($1, 10000)", pid)
+        await terminate(deliveries.sql, pid)
         with pytest.raises((DBAPIError, SessionControlError)):
             await session.execute(select(1))
         for _ in range(2):

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, make_transient_to_detached, selectinload
 from tests.postgres.deliveries import Account, Deliveries, Entry, UndoError, opened
 from tests.postgres.deliveries import deliveries as deliveries
 from tests.postgres.deliveries import ledger as ledger
+from tests.postgres.plain_sql import terminate
 
 from pgebus.errors import SessionControlError, UnsafeSessionWarning
 from pgebus.session import GuardedSession
@@ -391,7 +392,7 @@ async def test_a_connection_lost_beside_unsafe_is_not_replaced(deliveries: Deliv
         raw = unsafe(session)
         await opened(session)
         pid = await session.scalar(text("SELECT pg_backend_pid()"))
-        await deliveries.sql.fetchval("SELECT pg_terminate_backend($1, 10000)", pid)
+        await terminate(deliveries.sql, pid)
         with pytest.raises((DBAPIError, SessionControlError)):
             await session.execute(select(1))
         await raw.rollback()
