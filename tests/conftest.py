@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 
 import asyncpg
 import pytest
@@ -16,11 +17,17 @@ from sqlalchemy import URL, make_url
 from pgebus.database import DatabaseSessionManager
 from pgebus.migrations import upgrade
 from pgebus.settings import DatabaseSettings
-from tests.embedded import embedded
+from tests.embedded import embedded, version
 
 # Nothing here outlives the run, so durability would only cost time. Tests of durability start a server of their own.
 FAST = {"fsync": "off", "synchronous_commit": "on", "full_page_writes": "off", "max_connections": "200"}
 TEMPLATE = "pgebus_test_template"
+
+
+def pytest_report_header() -> str:
+    """Say on what the tests run: `make test-matrix` varies it."""
+    libraries = ", ".join(f"{name} {metadata.version(name)}" for name in ("SQLAlchemy", "alembic", "asyncpg"))
+    return f"on: {'the server of PGEBUS_TEST_URL' if os.environ.get('PGEBUS_TEST_URL') else version()}, {libraries}"
 
 
 @dataclass(frozen=True)
