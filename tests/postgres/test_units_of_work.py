@@ -373,7 +373,7 @@ async def test_psql_publishes(server: Server, sql: Sql, database: DatabaseSettin
 
 def psql_program() -> str:
     """The one of the wheel, else the one that is installed."""
-    bundled = EmbeddedPostgres()._wheel / "bin" / "psql"
+    bundled = EmbeddedPostgres()._programs / "psql"
     found = str(bundled) if bundled.exists() else shutil.which("psql")
     assert found
     return found
