@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 import pgebus
 from pgebus import (
@@ -310,11 +310,14 @@ async def prepared(sm: DatabaseSessionManager) -> dict[str, Any]:
         "__name__": "docs",
         "Any": Any,
         "Order": Order,
+        "Session": Session,
         "asyncio": asyncio,
         "bank_is_open": bank_is_open,
         "datetime": datetime,
+        "engine": sm.engine,
         "publisher_sm": sm,
         "router": EventRouter(),
+        "sync_engine": create_engine(sm.engine.url.set(drivername="postgresql+psycopg"), poolclass=NullPool),
         "text": text,
         "timedelta": timedelta,
     }

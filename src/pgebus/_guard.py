@@ -22,6 +22,8 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from pgebus._control_text import find_control, sets_marker
 from pgebus.errors import SessionControlError
+from pgebus.models import Event
+from pgebus.payloads import check_headers
 
 _INFO_KEY: Final = "pgebus"
 
@@ -172,6 +174,15 @@ class DispatchSession(Session):
                 "committed. Open a session of your own for another database."
             )
         return bind
+
+
+@event.listens_for(DispatchSession, "before_flush")
+def _say_what_caused_it(session: DispatchSession, _context: object, _instances: object) -> None:
+    """Stamp the events that a handler has added, however it did it."""
+    if session.guard.headers:
+        for each in session.new:
+            if isinstance(each, Event):
+                each.headers = check_headers({**session.guard.headers, **(each.headers or {})})
 
 
 class DispatchAsyncSession(AsyncSession):

@@ -226,11 +226,17 @@ down_revision = "pgebus_{old:04}"
 branch_labels = ("pgebus",)
 depends_on = None
 
+VERSION = (
+    "CREATE OR REPLACE FUNCTION {{schema}}.schema_version() RETURNS integer LANGUAGE sql IMMUTABLE AS 'SELECT number'"
+)
+
 
 def upgrade() -> None:
     execute(op.get_context(), "CREATE TABLE {{schema}}.news_{new} (id int)")
+    execute(op.get_context(), VERSION.replace("number", "{new}"))
 
 
 def downgrade() -> None:
     execute(op.get_context(), "DROP TABLE {{schema}}.news_{new}")
+    execute(op.get_context(), VERSION.replace("number", "{old}"))
 '''

@@ -416,11 +416,14 @@ async def test_a_handlers_events_say_what_caused_them(sm: DatabaseSessionManager
         await publish_event(session, "a", {}, "events")
         await publish_event(session, "a", {}, "events", headers={"mine": 1, "correlation_id": "other"})
         await publish_events(session, [Event(type="a"), Event(type="a", headers={"causation_id": "none"})])
+        session.add(Event(type="a"))
+        await session.flush()
     assert await stored_headers(sql) == [
         stamped,
         {**stamped, "mine": 1, "correlation_id": "other"},
         stamped,
         {**stamped, "causation_id": "none"},
+        stamped,
     ]
 
 

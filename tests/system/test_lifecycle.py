@@ -20,6 +20,7 @@ from pgebus import (
     StateError,
     SystemState,
 )
+from pgebus.models import SCHEMA_VERSION
 from tests.system.bus import Sql, delivery, finished, publish, running, settings
 from tests.system.waiting import until
 
@@ -233,7 +234,7 @@ async def test_a_missing_or_foreign_schema_is_refused_with_the_command_to_run(
     with pytest.raises(SchemaMismatchError, match="pgebus migrate") as missing:
         await EventSystem(EventRouter(), settings(empty_database)).start()
     assert (missing.value.found, missing.value.schema) == (None, "pgebus")
-    for version in (0, 99):
+    for version in (0, SCHEMA_VERSION + 2):
         await sql.execute(
             "CREATE OR REPLACE FUNCTION pgebus.schema_version() RETURNS integer LANGUAGE sql IMMUTABLE "
             f"AS 'SELECT {version}'"

@@ -5,11 +5,21 @@ Creates nothing: it says what is missing, and the command that mends it.
 
 from __future__ import annotations
 
+import logging
+from typing import Final
+
 from pgebus._runtime.statements import Statements
 from pgebus._runtime.store import Line
 from pgebus.errors import SchemaMismatchError
 from pgebus.inheritance import family
 from pgebus.models import SCHEMA_VERSION
+
+logger = logging.getLogger(__name__)
+
+# In a rolling deploy the database is migrated first, and until the last process is replaced, those of the release
+# before may be started again: by a crash, by more load. So each revision keeps that release running; one that can't
+# raises the version by two.
+MIGRATED_AHEAD: Final = 1
 
 
 async def _require_columns(line: Line, statements: Statements) -> None:
@@ -30,12 +40,18 @@ async def _require_columns(line: Line, statements: Statements) -> None:
 
 
 async def require_schema(line: Line, statements: Statements) -> None:
-    """Refuse a database whose tables are not those of this release."""
+    """Refuse a database whose tables are not those of this release, or of the next one.
+
+    Raises:
+        SchemaMismatchError: If so; the message holds the command to run.
+    """
     schema = statements.schema
     found: int | None = None
     if await line.value(statements.has_version, schema):
         found = await line.value(statements.version)
-    if found == SCHEMA_VERSION:
+    if found is not None and SCHEMA_VERSION <= found <= SCHEMA_VERSION + MIGRATED_AHEAD:
+        if found > SCHEMA_VERSION:
+            logger.info("Schema %r is at version %d, one ahead of this release, which may go on.", schema, found)
         await _require_columns(line, statements)
         return
     command = "Run 'alembic upgrade pgebus@head' (or 'pgebus migrate')."
@@ -45,7 +61,7 @@ async def require_schema(line: Line, statements: Statements) -> None:
         message = f"Schema {schema!r} is at version {found}, this release needs {SCHEMA_VERSION}. {command}"
     else:
         message = (
-            f"Schema {schema!r} is at version {found}, this release only knows {SCHEMA_VERSION}. "
+            f"Schema {schema!r} is at version {found}, this release works with {SCHEMA_VERSION} and one ahead of it. "
             "Install the release of pgebus that the database was migrated for."
         )
     raise SchemaMismatchError(message, schema=schema, found=found, needed=SCHEMA_VERSION)
