@@ -5,62 +5,27 @@ Pure bookkeeping, done when modules are imported. It runs no handler and knows n
 
 from __future__ import annotations
 
-import functools
-import inspect
 import itertools
-import sys
 from bisect import insort
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from operator import attrgetter
-from types import MethodType
 from typing import Any, Final, TypeVar
 from weakref import ReferenceType, ref
 
-from pgebus.errors import (
-    ConfigurationError,
-    DuplicateHandlerError,
-    InvalidEventTypeError,
-    InvalidHandlerError,
-)
+from pgebus.errors import ConfigurationError, DuplicateHandlerError, InvalidEventTypeError
+from pgebus.groups import DEFAULT_GROUP, Group, group_of
+from pgebus.handlers import Handler, HandlerFunction, check_options, is_same_function, make_handler
 from pgebus.models import Event
-from pgebus.names import MAX_EVENT_TYPE_BYTES, check_event_type
+from pgebus.names import check_event_type
+from pgebus.patterns import PatternIndex, check_pattern, is_pattern, overlap
+from pgebus.retry import RetryPolicy
 
-DEFAULT_GROUP: Final = "default"
-# As long as an event type: stable names are stored with each delivery.
-MAX_HANDLER_NAME_BYTES: Final = MAX_EVENT_TYPE_BYTES
-
-HandlerFunction = Callable[[Any, Any], Awaitable[object]]
 _F = TypeVar("_F", bound=HandlerFunction)
 
 _numbers: Final = itertools.count()
 _by_number: Final = attrgetter("number")
-
-if sys.version_info >= (3, 14):
-    from annotationlib import Format
-
-    # Annotations are evaluated on demand there; one that is imported for type checkers only would raise.
-    _signature = functools.partial(inspect.signature, follow_wrapped=False, annotation_format=Format.STRING)
-else:
-    _signature = functools.partial(inspect.signature, follow_wrapped=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Handler:
-    """A coroutine function, and how it wants to be run.
-
-    Attributes:
-        name: The stable name: it says in the database which handlers of a delivery have succeeded. Renaming a
-            function is to register another handler, unless `name=` is given.
-        function: What is called with the context and the payload.
-        transactional: Whether it shares the dispatcher's transaction.
-        group: The consumer group it belongs to.
-    """
-
-    name: str
-    function: HandlerFunction
-    transactional: bool
-    group: str = DEFAULT_GROUP
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +40,23 @@ class Route:
 class _Registration:
     number: int
     route: Route
+    # None where neither the handler nor a router around it has named one so far.
+    group: Group | None = None
     # A class of events names its full type: prefixes do not apply.
     absolute: bool = False
 
-    def under(self, prefix: str) -> _Registration:
-        if not prefix or self.absolute:
+    def under(self, prefix: str, group: Group | None) -> _Registration:
+        """Return the same, as seen from a router above."""
+        pattern, handler = self.route.pattern, self.route.handler
+        if prefix and not self.absolute:
+            pattern = f"{prefix}.{pattern}"
+        if self.group is not None:
+            group = self.group
+        elif group is not None:
+            handler = replace(handler, group=group.name)
+        if pattern == self.route.pattern and group is self.group:
             return self
-        return _Registration(self.number, Route(f"{prefix}.{self.route.pattern}", self.route.handler))
+        return _Registration(self.number, Route(pattern, handler), group, self.absolute)
 
 
 class EventRouter:
@@ -92,23 +67,33 @@ class EventRouter:
     on down to the path given to `on()`; empty ones vanish. A router's own prefix counts also where it is the
     root. Handlers added to a router after it was included are found like those from before.
 
+    The consumer group of a handler is the one given to `on()`, else that of the innermost router around it that has
+    one, else `default`.
+
     Args:
         prefix: Dotted words, or nothing.
+        group: The consumer group of the handlers here and below that are given no other: a name, or a `Group`.
 
     Raises:
         InvalidEventTypeError: If the prefix is not dotted words.
+        ConfigurationError: If the group is no group.
     """
 
-    def __init__(self, prefix: str = "") -> None:
+    def __init__(self, prefix: str = "", *, group: str | Group | None = None) -> None:
         self._prefix = _checked_prefix(prefix)
+        self._group = group_of(group)
         # Everything at and below this router, by full path. A registration is pushed up to whoever includes
         # us, so that a conflict is found where it is written, and a look-up never walks.
         self._table: dict[str, list[_Registration]] = {}
+        self._patterns = PatternIndex()
+        # By group and name: routes with a pattern, and all of them.
+        self._named: dict[tuple[str, str], tuple[list[Route], list[Route]]] = {}
+        self._groups: dict[str, Group] = {}
         self._resolved: dict[tuple[str, str], tuple[Handler, ...]] = {}
         # Downwards strong: what is pushed up passes through them, and nobody else may hold the ones between.
         self._children: list[EventRouter] = []
         # Upwards weak: a router must not keep alive every router that ever included it.
-        self._parents: list[tuple[ReferenceType[EventRouter], str]] = []
+        self._parents: list[tuple[ReferenceType[EventRouter], str, Group | None]] = []
         self._version = 0
 
     def __repr__(self) -> str:
@@ -120,73 +105,97 @@ class EventRouter:
         return self._version
 
     def on(
-        self, path: str | type[Event], *, transactional: bool = False, name: str | None = None
+        self,
+        path: str | type[Event],
+        *,
+        transactional: bool = False,
+        name: str | None = None,
+        group: str | Group | None = None,
+        timeout: timedelta | None = None,
+        retry: RetryPolicy | None = None,
     ) -> Callable[[_F], _F]:
-        """Register the decorated coroutine function for events of type *path*, under this router's prefix.
+        """Register the decorated function for events of type *path*, under this router's prefix.
 
         The function is called as `handler(ctx, payload)`, and is returned unchanged, so it can be registered
-        for several paths. Handlers of one event run in the order in which this process registered them.
+        for several paths. Handlers of one event run in the order in which this process registered them; one that
+        is registered for several paths that match, in one group, runs once.
+
+        The payload is a dict, unless the second parameter is annotated with a pydantic model, a dataclass, a TypedDict
+        or another type that pydantic knows: then it is validated, and one that does not fit is an
+        `InvalidPayloadError` of this handler, so dead at once unless *retry* says otherwise.
+
+        A plain function runs in a thread; its `ctx.session` is always None.
 
         Args:
-            path: Dotted words; together with all prefixes, the type of the events to handle. Or a subclass of Event
-                that declares an event type: it stands for that very type, under whatever prefix the router is.
+            path: Dotted words; together with all prefixes, the type of the events to handle. `*` stands for one word,
+                `#` for any number of words, also none. Or a subclass of Event that declares an event type: it stands
+                for that very type, under whatever prefix the router is.
             transactional: True to write with `ctx.session`, in the transaction that completes the delivery.
             name: The stable name; by default `module.qualname` of the function.
+            group: The consumer group: a name, or a `Group`; by default that of the routers around.
+            timeout: How long one call may take: then it is cancelled, and has failed with a TimeoutError. A plain
+                function cannot be cancelled, and goes on in its thread.
+            retry: What becomes of the delivery when this handler fails; by default what the settings say.
 
         Raises:
-            InvalidEventTypeError: If *path* is not dotted words, or too long with its prefixes; or a class that
-                declares no event type.
-            InvalidHandlerError: If the function is no coroutine function, cannot be called with two
-                positional arguments, or has no name of its own and is given none.
-            DuplicateHandlerError: If the path has this handler, or another of its name, already.
-            ConfigurationError: If *transactional* is not a bool.
+            InvalidEventTypeError: If *path* is neither dotted words nor a pattern, or too long with its prefixes; or a
+                class that declares no event type.
+            InvalidHandlerError: If the function cannot be called with two positional arguments, is a generator, has no
+                name of its own and is given none, is plain and transactional, or annotates its payload with a type that
+                none can be made from.
+            DuplicateHandlerError: If the group has this handler for the path, or another of its name for a path that
+                matches some of the same types.
+            ConfigurationError: If another argument is of the wrong type, or *group* contradicts what was said of it.
         """
         declared = _declared_type(path) if isinstance(path, type) else None
-        full_path = declared or _checked_path(_joined(self._prefix, _checked_path(path)))
-        if not isinstance(transactional, bool):
-            raise ConfigurationError(f"transactional must be True or False, not {_type_name(transactional)}.")
-        if name is not None:
-            _checked_name(name)
+        full_path = declared or check_pattern(_joined(self._prefix, check_pattern(path)), what="Path")
+        check_options(name, transactional, timeout, retry)
+        chosen = group_of(group)
 
         def register(function: _F) -> _F:
-            _check_callable(function)
-            handler = Handler(name or _name_of(function), function, transactional)
-            self._add([_Registration(next(_numbers), Route(full_path, handler), absolute=declared is not None)])
+            handler = make_handler(function, name=name, transactional=transactional, timeout=timeout, retry=retry)
+            if chosen is not None:
+                handler = replace(handler, group=chosen.name)
+            registration = _Registration(
+                next(_numbers), Route(full_path, handler), chosen, absolute=declared is not None
+            )
+            self._add([registration])
             return function
 
         return register
 
-    def include_router(self, other: EventRouter, *, prefix: str = "") -> None:
+    def include_router(self, other: EventRouter, *, prefix: str = "", group: str | Group | None = None) -> None:
         """Make the handlers of *other* those of this router too, now and in future.
 
-        One router may be included in several places, under different prefixes.
+        One router may be included in several places, under different prefixes or in different groups.
 
         Args:
             other: The router to include.
             prefix: Dotted words between this router's own prefix and that of *other*, or nothing.
+            group: The consumer group of the handlers of *other* that are given no other there.
 
         Raises:
             InvalidEventTypeError: If the prefix is not dotted words, or a full path becomes too long.
             DuplicateHandlerError: If a full path would have a handler or a name twice; nothing is included.
             ConfigurationError: If *other* is no router, is or holds this one, or is included here already
-                under the same prefix.
+                under the same prefix and in the same group; or if a group would be declared in two ways.
         """
         if not isinstance(other, EventRouter):
             raise ConfigurationError(f"include_router() takes an EventRouter, not {_type_name(other)}.")
-        between = _joined(self._prefix, _checked_prefix(prefix))
-        if other is self or any(router is other for router, _ in self._ancestors()):
+        between, chosen = _joined(self._prefix, _checked_prefix(prefix)), group_of(group)
+        if other is self or any(router is other for router, _, _ in self._ancestors()):
             raise ConfigurationError(
                 f"{other!r} cannot be included here: it is this router, or includes it. Remove the cycle."
             )
         registrations = [each for found in other._table.values() for each in found]
-        self._add(each.under(between) for each in registrations)
-        if any(parent() is self and taken == between for parent, taken in other._parents):
+        self._add(each.under(between, chosen) for each in registrations)
+        if any(parent() is self and (taken, said) == (between, chosen) for parent, taken, said in other._parents):
             # With a route in it, it has just been refused as a duplicate.
             raise ConfigurationError(
                 f"{other!r} is already included here under {between!r}. Remove the second include_router()."
             )
-        living = [(parent, taken) for parent, taken in other._parents if parent() is not None]
-        other._parents = [*living, (ref(self), between)]
+        living = [(parent, taken, said) for parent, taken, said in other._parents if parent() is not None]
+        other._parents = [*living, (ref(self), between, chosen)]
         self._children.append(other)
 
     def routes(self) -> tuple[Route, ...]:
@@ -194,49 +203,79 @@ class EventRouter:
         found = sorted((each for listed in self._table.values() for each in listed), key=_by_number)
         return tuple(each.route for each in found)
 
+    def groups(self) -> tuple[Group, ...]:
+        """Return the consumer groups of all routes, with all that was said of each, in the order of their names."""
+        return tuple(self._groups[name] for name in sorted(self._groups))
+
     def handlers_for(self, event_type: str, group: str = DEFAULT_GROUP) -> tuple[Handler, ...]:
         """Return the handlers of *group* for events of type *event_type*, in the order of registration."""
         resolved = self._resolved.get((event_type, group))
         if resolved is None:
-            resolved = tuple(
-                each.route.handler for each in self._matching(event_type) if each.route.handler.group == group
-            )
+            # By name: a handler that several of its paths lead to runs once.
+            found = {each.handler.name: each.handler for each in reversed(self.matching(event_type, group))}
+            resolved = tuple(reversed(found.values()))
             if resolved:  # what nobody handles is not remembered: event types come from outside
                 self._resolved[event_type, group] = resolved
         return resolved
 
-    def _matching(self, event_type: str) -> Iterable[_Registration]:
-        """Return what is registered for a type: the one place that decides whether a pattern matches."""
-        return self._table.get(event_type, ())
+    def matching(self, event_type: str, group: str | None = None) -> list[Route]:
+        """Return the routes, of *group* or of all groups, that match an event type, in the order of registration."""
+        patterns = self._patterns.find(event_type)
+        if not is_pattern(event_type):
+            patterns.append(event_type)
+        found = sorted((each for pattern in patterns for each in self._table.get(pattern, ())), key=_by_number)
+        return [each.route for each in found if group is None or each.route.handler.group == group]
 
-    def _ancestors(self, prefix: str = "") -> Iterator[tuple[EventRouter, str]]:
-        """Yield this router and every router above it, each with what stands before our paths there."""
-        yield self, prefix
-        for reference, between in self._parents:
+    def _ancestors(
+        self, prefix: str = "", group: Group | None = None
+    ) -> Iterator[tuple[EventRouter, str, Group | None]]:
+        """Yield this router and every router above it, with what stands before our paths there, and our group."""
+        group = group or self._group
+        yield self, prefix, group
+        for reference, between, chosen in self._parents:
             if (parent := reference()) is not None:
-                yield from parent._ancestors(_joined(between, prefix))
+                yield from parent._ancestors(_joined(between, prefix), group or chosen)
 
     def _add(self, registrations: Iterable[_Registration]) -> None:
         """Add to this router and all above it: everywhere, or nowhere with an error."""
         registrations = list(registrations)
         staged: dict[tuple[int, str], list[_Registration]] = {}
+        named: dict[tuple[int, str, str], tuple[list[Route], list[Route]]] = {}
+        groups: dict[tuple[int, str], Group] = {}
         changed: list[tuple[EventRouter, _Registration]] = []
-        for router, prefix in self._ancestors():
+        for router, prefix, group in self._ancestors():
             for registration in registrations:
-                placed = registration.under(prefix)
-                pattern = _checked_path(placed.route.pattern)
+                placed = registration.under(prefix, group)
+                pattern, handler = check_pattern(placed.route.pattern), placed.route.handler
                 beside = staged.setdefault((id(router), pattern), [])
                 there = [*router._table.get(pattern, ()), *beside]
                 if placed.absolute and placed in there:
                     continue  # the same one on another way, as from a router that is included twice
                 for taken in there:
                     _check_no_duplicate(taken.route, placed.route)
+                namesakes = named.setdefault((id(router), handler.group, handler.name), ([], []))
+                for known in (router._named.get((handler.group, handler.name)), namesakes):
+                    # Two plain types meet only where they are equal.
+                    for route in known[is_pattern(pattern)] if known else ():
+                        _check_no_overlap(route, placed.route)
+                said = placed.group or Group(handler.group)
+                before = groups.get((id(router), said.name)) or router._groups.get(said.name)
+                groups[id(router), said.name] = said if before is None else before.joined_with(said)
                 beside.append(placed)
+                _note(namesakes, placed.route)
                 changed.append((router, placed))
         for router, placed in changed:
-            insort(router._table.setdefault(placed.route.pattern, []), placed, key=_by_number)
-            router._resolved.clear()
-            router._version += 1
+            router._take(placed, groups)
+
+    def _take(self, placed: _Registration, groups: dict[tuple[int, str], Group]) -> None:
+        pattern, handler = placed.route.pattern, placed.route.handler
+        insort(self._table.setdefault(pattern, []), placed, key=_by_number)
+        if is_pattern(pattern):
+            self._patterns.add(pattern)
+        _note(self._named.setdefault((handler.group, handler.name), ([], [])), placed.route)
+        self._groups[handler.group] = groups[id(self), handler.group]
+        self._resolved.clear()
+        self._version += 1
 
 
 def _joined(*parts: str) -> str:
@@ -254,24 +293,14 @@ def _declared_type(cls: type[Any]) -> str:
     return event_type
 
 
-def _checked_path(path: object, what: str = "Path") -> str:
-    if isinstance(path, str) and ("*" in path or "#" in path):
-        raise InvalidEventTypeError(
-            f"{what} {path[:80]!r}: patterns with '*' or '#' are not supported yet. "
-            "Register the handler for each event type by name.",
-            value=path,
-        )
-    return check_event_type(path, what=what)
-
-
 def _checked_prefix(prefix: object) -> str:
-    return "" if isinstance(prefix, str) and not prefix else _checked_path(prefix, "Prefix")
+    return "" if isinstance(prefix, str) and not prefix else check_event_type(prefix, what="Prefix")
 
 
 def _check_no_duplicate(taken: Route, new: Route) -> None:
     if taken.handler.group != new.handler.group:
         return
-    if _is_same(taken.handler.function, new.handler.function):
+    if is_same_function(taken.handler.function, new.handler.function):
         problem = f"Handler {new.handler.name!r} is already registered for {new.pattern!r}."
         advice = "Remove the second registration."
     elif taken.handler.name == new.handler.name:
@@ -282,77 +311,25 @@ def _check_no_duplicate(taken: Route, new: Route) -> None:
     raise DuplicateHandlerError(f"{problem} {advice}", handler=new.handler.name, path=new.pattern)
 
 
-def _is_same(one: object, other: object) -> bool:
-    if isinstance(one, MethodType) and isinstance(other, MethodType):  # made anew by each attribute access
-        return one.__self__ is other.__self__ and one.__func__ is other.__func__
-    return one is other
+def _note(namesakes: tuple[list[Route], list[Route]], route: Route) -> None:
+    namesakes[True].append(route)
+    if is_pattern(route.pattern):
+        namesakes[False].append(route)
 
 
-def _check_callable(function: object) -> None:
-    """Refuse what cannot be awaited as `function(ctx, payload)`."""
-    problem = _problem_with(function)
-    if problem is not None:
-        raise InvalidHandlerError(f"{_shown(function)} {problem}. A handler is 'async def handler(ctx, payload)'.")
-    try:
-        # The annotations of a handler need not resolve, and what a decorator hides is the decorator's affair.
-        _signature(function).bind(None, None)  # type: ignore[arg-type]  # _problem_with() made sure it is callable
-    except TypeError as error:
-        raise InvalidHandlerError(
-            f"{_shown(function)} cannot be called with two positional arguments ({error}). "
-            "A handler is 'async def handler(ctx, payload)'; further parameters need defaults."
-        ) from error
-    except ValueError as error:
-        raise InvalidHandlerError(f"{_shown(function)} has no signature that can be checked.") from error
-
-
-def _problem_with(function: object) -> str | None:
-    if inspect.iscoroutine(function):
-        function.close()  # it will never be awaited, and would warn about that
-        return "is a coroutine, not a function: register the function itself, without calling it"
-    if isinstance(function, type):
-        return "is a class: register an instance with an async __call__, or a method"
-    if not callable(function):
-        return "is not callable"
-    called: object = function
-    while isinstance(called, functools.partial):
-        called = called.func
-    if not isinstance(called, type) and not inspect.isroutine(called):
-        called = called if inspect.iscoroutinefunction(called) else type(called).__call__
-    if inspect.iscoroutinefunction(called):
-        return None
-    if inspect.isasyncgenfunction(called) or inspect.isgeneratorfunction(called):
-        return "is a generator, which would never run: use await instead of yield"
-    return "is not a coroutine function: write 'async def' instead of 'def' or lambda"
-
-
-def _name_of(function: object) -> str:
-    module, qualified = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    if not isinstance(qualified, str) or not isinstance(module, str):
-        raise InvalidHandlerError(f"{_shown(function)} has no name of its own. Give it one: on(..., name=...).")
-    if qualified.endswith("<lambda>"):
-        raise InvalidHandlerError("A lambda has no stable name. Give it one: on(..., name=...).")
-    return _checked_name(f"{module}.{qualified}")
-
-
-def _checked_name(name: object) -> str:
-    if not isinstance(name, str):
-        raise InvalidHandlerError(f"The name of a handler is text, not {_type_name(name)}.")
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError:
-        size = 0
-    if not 1 <= size <= MAX_HANDLER_NAME_BYTES or not name.isprintable():
-        raise InvalidHandlerError(
-            f"The name of a handler is printable text of 1 to {MAX_HANDLER_NAME_BYTES} bytes in UTF-8; "
-            f"{name[:80]!r} is not. Give it another: on(..., name=...)."
-        )
-    return name
-
-
-def _shown(function: object) -> str:
-    """Return what a message calls it; never its repr, which may hold anything."""
-    qualified = getattr(function, "__qualname__", None)
-    return f"{qualified[:120]!r}" if isinstance(qualified, str) else f"An object of type {_type_name(function)}"
+def _check_no_overlap(taken: Route, new: Route) -> None:
+    """Refuse two handlers of one name, or one handler with two sets of options, that would meet in one delivery."""
+    one, other = taken.handler, new.handler
+    if taken.pattern == new.pattern or not overlap(taken.pattern, new.pattern):
+        return
+    if is_same_function(one.function, other.function) and replace(other, function=one.function) == one:
+        return
+    raise DuplicateHandlerError(
+        f"A handler named {other.name!r} is registered for {taken.pattern!r} and, otherwise, for {new.pattern!r}; some "
+        "event types match both. Give one of them another name with on(..., name=...), or both the same options.",
+        handler=other.name,
+        path=new.pattern,
+    )
 
 
 def _type_name(value: object) -> str:
