@@ -9,15 +9,18 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, Final
 
-from sqlalchemy import Column, Connection, TwoPhaseTransaction, insert, inspect
+from sqlalchemy import Column, Connection, TwoPhaseTransaction, insert, inspect, select
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session, make_transient_to_detached
 from sqlalchemy.orm.attributes import set_committed_value
 
-from pgebus.errors import TWO_PHASE, PublishError, SessionStateError
+from pgebus.errors import TWO_PHASE, PublishError, RetryTransactionError, SessionStateError
 from pgebus.inheritance import family, loaded_columns
 from pgebus.models import Event
 
+_SERIALIZATION_FAILURE: Final = "40001"
+_TRIES: Final = 5
 # What only the server can know about a transaction: it refuses every INSERT.
 _REFUSED_STATES: Final = {
     "25006": "The transaction is read-only, so nothing can be published in it. Use a read-write transaction.",
@@ -25,63 +28,78 @@ _REFUSED_STATES: Final = {
 }
 
 
-def insert_events(into: Session | Connection, events: Sequence[Event]) -> None:
+def insert_events(into: Session | Connection, events: Sequence[Event]) -> list[Event]:
     """Insert *events* in the transaction of *into*, beginning one where there is none.
+
+    Returns:
+        The events, each in its place; where its `dedup_key` was there, the one that is there.
 
     Raises:
         SessionStateError: If nothing can be published in it.
-        PublishError: If a connection is given an event that only a session could insert.
+        PublishError: If an event has a related object, which only a flush could insert, and is not flushed.
+        RetryTransactionError: If an event with its `dedup_key` is there, and this transaction can't see it.
         sqlalchemy.exc.SQLAlchemyError: If the INSERT fails.
     """
     try:
-        if isinstance(into, Connection):
-            _insert(into, events)
-        else:
-            _flush(into, events)
+        _check(into)
+        rows = [
+            _row(event, index) if event.dedup_key is not None or isinstance(into, Connection) else None
+            for index, event in enumerate(events)
+        ]
+        published: list[Event] = []
+        # Events keep their order: a run of those without a dedup_key, then each that has one by itself.
+        for alone, run in groupby(zip(events, rows, strict=True), key=lambda each: each[0].dedup_key is not None):
+            batch = list(run)
+            if alone:
+                published += [_insert_once(into, event, row or {}) for event, row in batch]
+            elif isinstance(into, Connection):
+                _insert(into, [(event, row or {}) for event, row in batch])
+                published += [event for event, _ in batch]
+            else:
+                into.add_all(event for event, _ in batch)
+                into.flush()
+                published += [event for event, _ in batch]
     except DBAPIError as error:
-        # psycopg2 has another name for it than asyncpg and psycopg.
-        state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
-        refusal = _REFUSED_STATES.get(state or "")
+        refusal = _REFUSED_STATES.get(_sqlstate(error) or "")
         if refusal is None:
             raise
         raise SessionStateError(refusal) from error
+    return published
 
 
-def _flush(session: Session, events: Sequence[Event]) -> None:
-    if not session.is_active:
+def _check(into: Session | Connection) -> None:
+    """Refuse what cannot publish, before anything is sent or added."""
+    if isinstance(into, Connection):
+        try:
+            _check_dialect("connection", into.dialect.name)
+            _check_connection(into)
+        except InvalidRequestError as error:
+            raise SessionStateError(f"The connection cannot be used to publish now: {error}") from error
+        return
+    if not into.is_active:
         raise SessionStateError(
             "The session's transaction has failed, so nothing can be published in it. Roll it back first."
         )
-    if session.twophase:
+    if into.twophase:
         raise SessionStateError(TWO_PHASE)
     try:
         # The dispatcher's session refuses here what comes from another task or too late, before anything is added.
-        _check_dialect("session", session.get_bind(Event).dialect.name)
+        _check_dialect("session", into.get_bind(Event).dialect.name)
         # A session that chooses its connection itself, by statement or tenant, may choose another at the flush;
         # and the dispatcher's own, which is one of these, runs its transactions on a connection in AUTOCOMMIT.
-        if type(session).get_bind is Session.get_bind:
+        if type(into).get_bind is Session.get_bind:
             # It is the one that the flush would take. Nothing is sent yet, not even BEGIN.
-            _check_connection(session.connection(bind_arguments={"mapper": Event}))
+            _check_connection(into.connection(bind_arguments={"mapper": Event}))
     except InvalidRequestError as error:
         raise SessionStateError(f"The session cannot be used to publish now: {error}") from error
-    session.add_all(events)
-    session.flush()
 
 
-def _insert(connection: Connection, events: Sequence[Event]) -> None:
+def _insert(connection: Connection, prepared: Sequence[tuple[Event, dict[str, Any]]]) -> None:
     """Do what a flush does, as far as it can be done without a session."""
-    try:
-        _check_dialect("connection", connection.dialect.name)
-        _check_connection(connection)
-    except InvalidRequestError as error:
-        raise SessionStateError(f"The connection cannot be used to publish now: {error}") from error
-    prepared = [(event, _row(event, index)) for index, event in enumerate(events)]
     # One statement for each run of events that name the same columns: events keep their order.
     for (cls, columns), group in groupby(prepared, key=lambda each: (type(each[0]), tuple(each[1]))):
         run = list(group)
-        missing = [
-            (key, column) for key, column in loaded_columns(inspect(cls, raiseerr=True)) if column.key not in columns
-        ]
+        missing = _missing(cls, columns)
         statement = insert(family.table).returning(
             *(column for _, column in missing), sort_by_parameter_order=len(run) > 1
         )
@@ -89,10 +107,85 @@ def _insert(connection: Connection, events: Sequence[Event]) -> None:
         # values(): a single row may hold SQL expressions.
         result = connection.execute(statement, rows) if len(rows) > 1 else connection.execute(statement.values(rows[0]))
         for (event, _), values in zip(run, result.all(), strict=True):
-            for (key, _), value in zip(missing, values, strict=True):
-                set_committed_value(event, key, value)
-    for event in events:
-        make_transient_to_detached(event)
+            _fill(event, missing, values)
+
+
+def _insert_once(into: Session | Connection, event: Event, row: dict[str, Any]) -> Event:
+    """Insert an event unless its `dedup_key` is there; return it, or the one that is there."""
+    if isinstance(into, Session):
+        if event in into:
+            into.expunge(event)
+        into.flush()  # what else is pending comes before it
+    missing = _missing(type(event), tuple(row))
+    statement = (
+        postgresql.insert(family.table)
+        .values(row)
+        .on_conflict_do_nothing(
+            index_elements=[family.table.c.channel, family.table.c.dedup_key],
+            index_where=family.table.c.dedup_key.is_not(None),
+        )
+        .returning(*(column for _, column in missing))
+    )
+    there = select(Event).where(Event.channel == (event.channel or "events"), Event.dedup_key == event.dedup_key)
+    # Between the two statements the other one may be pruned, and a third one be published.
+    for _ in range(_TRIES):
+        try:
+            values = _execute(into, statement).one_or_none()
+        except DBAPIError as error:
+            if _sqlstate(error) != _SERIALIZATION_FAILURE:
+                raise
+            raise RetryTransactionError(
+                f"An event with dedup_key {event.dedup_key!r} was committed by another transaction, and this one "
+                "began before, so it cannot see it. Roll back, and do the whole transaction again.",
+                dedup_key=event.dedup_key or "",
+            ) from error
+        if values is not None:
+            _fill(event, missing, values)
+            if isinstance(into, Session):
+                into.add(event)
+            return event
+        if (found := _load(into, there)) is not None:
+            found.duplicate = True
+            return found
+    raise RetryTransactionError(
+        f"An event with dedup_key {event.dedup_key!r} comes and goes. Roll back, and do the whole transaction again.",
+        dedup_key=event.dedup_key or "",
+    )
+
+
+def _execute(into: Session | Connection, statement: Any) -> Any:
+    if isinstance(into, Connection):
+        return into.execute(statement)
+    return into.execute(statement, bind_arguments={"mapper": Event})
+
+
+def _load(into: Session | Connection, statement: Any) -> Event | None:
+    if isinstance(into, Session):
+        found: Event | None = into.scalars(statement, execution_options={"populate_existing": True}).one_or_none()
+        return found
+    # It ends without a trace: neither closing it nor dropping it touches the caller's transaction.
+    session = Session(into, join_transaction_mode="rollback_only", expire_on_commit=False)
+    loaded: Event | None = session.scalars(statement).one_or_none()
+    session.expunge_all()
+    return loaded
+
+
+def _missing(cls: type[Event], columns: Sequence[str]) -> list[tuple[str, Column[Any]]]:
+    """Return the attributes of a class that a row does not give: the database says what they are."""
+    mapper = inspect(cls, raiseerr=True)
+    return [(key, column) for key, column in loaded_columns(mapper) if column.key not in columns]
+
+
+def _fill(event: Event, missing: Sequence[tuple[str, Column[Any]]], values: Sequence[Any]) -> None:
+    """Make a new event what a flush and a detachment would have made of it."""
+    for (key, _), value in zip(missing, values, strict=True):
+        set_committed_value(event, key, value)
+    make_transient_to_detached(event)
+
+
+def _sqlstate(error: DBAPIError) -> str | None:
+    # psycopg2 has another name for it than asyncpg and psycopg.
+    return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
 
 
 def _row(event: Event, index: int) -> dict[str, Any]:
@@ -101,8 +194,8 @@ def _row(event: Event, index: int) -> dict[str, Any]:
     for related in state.mapper.relationships:
         if state.dict.get(related.key) and not related.viewonly:
             raise PublishError(
-                f"events[{index}].{related.key} is a related object, which only a session can insert along with the "
-                "event. Set the column instead, or publish in a session."
+                f"events[{index}].{related.key} is a related object, which only the flush of a session can insert "
+                "along with the event. Set the column instead; or publish in a session, without a dedup_key."
             )
     return dict(_set_columns(state.dict, state.mapper))
 

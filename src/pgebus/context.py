@@ -5,7 +5,9 @@ Holds no connection of its own and does no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Any
 
 from pgebus.models import Event
 from pgebus.session import GuardedSession
@@ -33,9 +35,11 @@ class EventContext:
         group: str,
         attempt: int,
         claim_seq: int,
+        publish: Callable[..., Awaitable[Event]],
         session: GuardedSession | None = None,
     ) -> None:
         self._make_event = event
+        self._publish = publish
         self._event: Event | None = None
         self.event_id = event_id
         self.group = group
@@ -52,6 +56,34 @@ class EventContext:
         if self._event is None:
             self._event = self._make_event()
         return self._event
+
+    async def publish(
+        self,
+        event_type: str,
+        payload: dict[str, Any],
+        channel: str | None = None,
+        run_at: datetime | None = None,
+        **options: Any,
+    ) -> Event:
+        """Publish an event that this one has caused; its headers say so.
+
+        In the handlers' transaction where there is one: it is published if, and only if, the delivery is completed.
+        Else in a transaction of its own, committed when this returns: after a failure or a crash, the next attempt may
+        publish it again, which a *dedup_key* prevents.
+
+        Args:
+            event_type: As for `publish_event()`; so the payload, *run_at* and the options, which are `headers`, `key`,
+                `dedup_key`, `priority`, `event_class` and columns.
+            payload: A JSON object.
+            channel: By default that of the event that is handled.
+            run_at: Not handled before this moment.
+            options: More of what `publish_event()` takes.
+
+        Raises:
+            PgebusError: As `publish_event()` does.
+            StateError: From a plain function, which runs in a thread.
+        """
+        return await self._publish(event_type, payload, channel, run_at, **options)
 
     def __repr__(self) -> str:
         return f"<EventContext event_id={self.event_id} group={self.group!r} attempt={self.attempt}>"

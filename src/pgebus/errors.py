@@ -9,13 +9,17 @@ The errors of PostgreSQL and of SQLAlchemy are not wrapped: what only the server
     │   ├── InvalidEventTypeError               not dotted words of A-Z a-z 0-9 _ -
     │   ├── InvalidChannelError                 empty, longer than 63 bytes, not text
     │   ├── InvalidSchemaError                  no usable schema name
-    │   ├── InvalidHandlerError (TypeError)     no coroutine function, or of the wrong arity
+    │   ├── InvalidHandlerError (TypeError)     no function, of the wrong arity, or with a payload of no usable type
     │   ├── DuplicateHandlerError               the same handler twice for one path
     │   └── SessionlessConnectionError          a transaction pooler between us and PostgreSQL
     ├── PublishError (ValueError)               raised before any SQL; the caller's transaction stays usable
     │   ├── InvalidPayloadError                 not a JSON object that PostgreSQL can store
     │   │   └── PayloadTooLargeError
-    │   └── InvalidRunAtError                   naive, or no datetime
+    │   ├── InvalidRunAtError                   naive, or no datetime
+    │   ├── InvalidKeyError                     a key or dedup_key that is no text of 1 to 255 bytes
+    │   └── InvalidPriorityError                no whole number from 0 to 9
+    ├── PayloadValidationError (ValueError)     a stored payload does not fit the type that its handler takes
+    ├── RetryTransactionError (RuntimeError)    a duplicate is there, and this transaction cannot see it
     ├── SessionStateError (RuntimeError)        a session that cannot publish: two-phase, autocommit, read-only, …
     │   └── SessionTypeError (TypeError)        no session at all
     ├── StateError (RuntimeError)               start() after stop(), session after close()
@@ -37,13 +41,17 @@ __all__ = [
     "InvalidChannelError",
     "InvalidEventTypeError",
     "InvalidHandlerError",
+    "InvalidKeyError",
     "InvalidPayloadError",
+    "InvalidPriorityError",
     "InvalidRunAtError",
     "InvalidSchemaError",
     "LeaseLostError",
     "PayloadTooLargeError",
+    "PayloadValidationError",
     "PgebusError",
     "PublishError",
+    "RetryTransactionError",
     "SchemaMismatchError",
     "SessionControlError",
     "SessionStateError",
@@ -107,7 +115,7 @@ class InvalidSchemaError(ConfigurationError):
 
 
 class InvalidHandlerError(ConfigurationError, TypeError):
-    """A handler that is no coroutine function, or that cannot be called as `handler(ctx, payload)`."""
+    """A handler that cannot be called as `handler(ctx, payload)`, or takes a payload that none can be made for."""
 
 
 class DuplicateHandlerError(ConfigurationError):
@@ -160,6 +168,35 @@ class PayloadTooLargeError(InvalidPayloadError):
 
 class InvalidRunAtError(PublishError):
     """A `run_at` that names no moment: naive, not a datetime, or outside what PostgreSQL stores."""
+
+
+class InvalidKeyError(PublishError):
+    """A `key` or `dedup_key` that is no text of 1 to 255 bytes in UTF-8, without NUL."""
+
+
+class InvalidPriorityError(PublishError):
+    """A priority that is no whole number from 0 to 9."""
+
+
+class PayloadValidationError(PgebusError, ValueError):
+    """A payload that does not fit the type that its handler takes; the message names the places, and no values.
+
+    Raised before the handler is called. Its delivery is dead at once, unless the handler's policy says otherwise.
+    """
+
+
+class RetryTransactionError(PgebusError, RuntimeError):
+    """An event with this `dedup_key` was committed after the transaction's snapshot was taken.
+
+    Only at REPEATABLE READ and SERIALIZABLE, where the transaction can't see it. Roll back and do all of it again.
+
+    Attributes:
+        dedup_key: The key.
+    """
+
+    def __init__(self, message: str, *, dedup_key: str) -> None:
+        super().__init__(message)
+        self.dedup_key = dedup_key
 
 
 class SessionStateError(PgebusError, RuntimeError, DontWrapMixin):

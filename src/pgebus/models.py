@@ -34,7 +34,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column, valid
 
 from pgebus.errors import TWO_PHASE, InvalidEventTypeError, SessionStateError
 from pgebus.inheritance import ANY, EventClass, family, fill_type, type_of_entity
-from pgebus.names import check_channel, check_event_type
+from pgebus.names import check_channel, check_event_type, check_key, check_priority
 from pgebus.payloads import check_headers, check_payload, check_run_at
 
 __all__ = [
@@ -118,6 +118,7 @@ class Event(Base):
         priority: 0, handled first, to 9.
         run_at: Not handled before this moment; the publisher's `now()` unless said otherwise.
         created_at: When the publishing transaction began, by the database's clock.
+        duplicate: True when `publish_event()` last returned this event because its `dedup_key` was there already.
         max_payload_bytes: The largest payload, in bytes of JSON. A subclass may set its own.
 
     Raises:
@@ -128,6 +129,8 @@ class Event(Base):
         InvalidChannelError: When `channel` is set.
         InvalidPayloadError: When `payload` or `headers` is set.
         InvalidRunAtError: When `run_at` is set.
+        InvalidKeyError: When `key` or `dedup_key` is set.
+        InvalidPriorityError: When `priority` is set.
         SessionStateError: At the flush, in a two-phase transaction.
     """
 
@@ -146,6 +149,10 @@ class Event(Base):
     )
     # The event type that the class stands for; None for classes that stand for many.
     __event_type__: ClassVar[str | None] = None
+
+    # Whether `publish_event()` has returned it instead of publishing one with the same dedup_key again. Known to this
+    # process only: no column.
+    duplicate = False
 
     max_payload_bytes: ClassVar[int] = 1_048_576
 
@@ -188,6 +195,14 @@ class Event(Base):
     @validates("channel")
     def _check_channel(self, _name: str, value: object) -> str:
         return check_channel(value)
+
+    @validates("key", "dedup_key")
+    def _check_key(self, name: str, value: object) -> str | None:
+        return None if value is None else check_key(value, what=name)
+
+    @validates("priority")
+    def _check_priority(self, _name: str, value: object) -> int | None:
+        return None if value is None else check_priority(value)
 
     @validates("payload")
     def _check_payload(self, _name: str, value: object) -> dict[str, Any]:

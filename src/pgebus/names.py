@@ -9,9 +9,17 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from pgebus.errors import InvalidChannelError, InvalidEventTypeError, InvalidSchemaError
+from pgebus.errors import (
+    InvalidChannelError,
+    InvalidEventTypeError,
+    InvalidKeyError,
+    InvalidPriorityError,
+    InvalidSchemaError,
+)
 
 MAX_EVENT_TYPE_BYTES: Final = 255
+MAX_KEY_BYTES: Final = 255
+LOWEST_PRIORITY: Final = 9
 # NAMEDATALEN - 1: PostgreSQL cuts longer identifiers without an error, so two channels could become one.
 MAX_IDENTIFIER_BYTES: Final = 63
 
@@ -68,6 +76,34 @@ def check_channel(value: object) -> str:
         )
     assert isinstance(value, str)  # noqa: S101 - for the type checker: _utf8_size() measures nothing else
     return value
+
+
+def check_key(value: object, *, what: str) -> str:
+    """Return *value* when it can be a key: text of 1 to 255 bytes in UTF-8, without NUL.
+
+    Raises:
+        InvalidKeyError: If it is anything else.
+    """
+    size = _utf8_size(value)
+    if size is None or not isinstance(value, str):
+        raise InvalidKeyError(f"{what} {_shown(value)} is not text that PostgreSQL can store.")
+    if not 1 <= size <= MAX_KEY_BYTES:
+        raise InvalidKeyError(f"{what} {_shown(value)} has {size} bytes in UTF-8; 1 to {MAX_KEY_BYTES} are allowed.")
+    return value
+
+
+def check_priority(value: object) -> int:
+    """Return *value* when it is a whole number from 0, handled first, to 9.
+
+    Raises:
+        InvalidPriorityError: If it is anything else.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LOWEST_PRIORITY:
+        return int(value)
+    shown = value if isinstance(value, int) else f"of type {type(value).__name__[:80]}"
+    raise InvalidPriorityError(
+        f"Priority {shown!s:.80} is no whole number from 0, handled first, to {LOWEST_PRIORITY}."
+    )
 
 
 def check_schema(value: object) -> str:

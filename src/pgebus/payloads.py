@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import is_dataclass
 from datetime import UTC, datetime, timedelta
 from json import JSONEncoder, dumps
 from typing import Any, Final, Literal
+
+from pydantic import BaseModel, TypeAdapter
+from pydantic.errors import PydanticSchemaGenerationError
+from pydantic_core import PydanticSerializationError
 
 from pgebus.errors import InvalidPayloadError, InvalidRunAtError, PayloadTooLargeError
 
@@ -59,7 +64,8 @@ def check_payload(value: object, *, limit: int) -> dict[str, Any]:
     - of a subclass of `str`, `int`, `float`, `dict`, `list` or `tuple` only the built-in content is kept.
 
     Args:
-        value: A dict with text keys and values of type str, int, float, bool, None, dict, list or tuple.
+        value: A dict with text keys and values of type str, int, float, bool, None, dict, list or tuple; or an
+            instance of a pydantic model or a dataclass, which pydantic makes such a dict of.
         limit: The largest size allowed: bytes of the compact JSON in UTF-8.
 
     Raises:
@@ -68,7 +74,19 @@ def check_payload(value: object, *, limit: int) -> dict[str, Any]:
             inside. `path` says where; the message holds no values.
         PayloadTooLargeError: If it is larger than *limit*.
     """
-    return _checked(value, "Payload", limit)
+    return _checked(_dumped(value), "Payload", limit)
+
+
+def _dumped(value: object) -> object:
+    """Return what pydantic makes of a model or a dataclass; anything else as it is."""
+    try:
+        if isinstance(value, BaseModel):
+            return value.model_dump(mode="json")
+        if is_dataclass(value) and not isinstance(value, type):
+            return TypeAdapter(type(value)).dump_python(value, mode="json")
+    except (PydanticSchemaGenerationError, PydanticSerializationError) as error:
+        raise InvalidPayloadError(f"Payload of type {_type_name(value)} cannot be made JSON by pydantic.") from error
+    return value
 
 
 def check_headers(value: object) -> dict[str, Any]:
@@ -134,8 +152,8 @@ def check_run_at(value: object) -> datetime:
 def _checked(value: object, what: _What, limit: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidPayloadError(
-            f"{what} must be a dict, not {_type_name(value)}. Convert it first, for example with dict(...), "
-            "dataclasses.asdict(...) or model_dump(mode='json')."
+            f"{what} must be a dict, a pydantic model or a dataclass, not {_type_name(value)}. Convert it first, for "
+            "example with dict(...)."
         )
     room = [limit]
     try:

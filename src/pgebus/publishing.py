@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+from pydantic import BaseModel
 from sqlalchemy import Connection, Engine, inspect
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
@@ -29,7 +30,10 @@ __all__ = ["publish_event", "publish_event_sync", "publish_events", "publish_eve
 UnitOfWork: TypeAlias = AsyncSession | async_scoped_session[Any] | GuardedSession | AsyncConnection
 UnitOfWorkSync: TypeAlias = Session | scoped_session[Any] | Connection
 
-if TYPE_CHECKING:  # a default is for Python 3.13; at run time nothing asks for it
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    # A default is for Python 3.13; at run time nothing asks for it.
     from typing_extensions import TypeVar
 
     _E = TypeVar("_E", bound=Event, default=Event)
@@ -38,11 +42,14 @@ if TYPE_CHECKING:  # a default is for Python 3.13; at run time nothing asks for 
 async def publish_event(
     session: UnitOfWork,
     event_type: str,
-    payload: dict[str, Any],
+    payload: dict[str, Any] | BaseModel | DataclassInstance,
     channel: str,
     run_at: datetime | None = None,
     *,
     headers: dict[str, Any] | None = None,
+    key: str | None = None,
+    dedup_key: str | None = None,
+    priority: int | None = None,
     event_class: type[_E] | None = None,
     **columns: Any,
 ) -> _E:
@@ -55,41 +62,53 @@ async def publish_event(
         session: An AsyncSession on PostgreSQL, an async_scoped_session, an AsyncConnection, or a handler's
             `ctx.session`. With the latter the headers say which event caused this one, unless *headers* says otherwise.
         event_type: Dotted words, like `order.placed`.
-        payload: A JSON object; `check_payload()` has the rules.
+        payload: A JSON object, or a pydantic model or dataclass to be made one; `check_payload()` has the rules.
         channel: The queue to publish to; a running system listens to `settings.event_system.channel`.
         run_at: Not handled before this moment, an aware datetime; at once by default.
         headers: A JSON object beside the payload, at most 64 KiB.
+        key: Events of one key are handled in the order of their ids, one at a time, within each consumer group; text of
+            1 to 255 bytes.
+        dedup_key: As long as an event with this key is kept on the channel, no other one is published: the one that is
+            there is returned, with `duplicate` true. Text of 1 to 255 bytes. Waits for a transaction that has just
+            published one and has not ended.
+        priority: 0, handled first and the default, to 9.
         event_class: The class of the event; by default the one that its type is loaded as: the subclass of Event
             that declares the type, else the most special class without a type.
         columns: Given to the constructor of that class: the columns that it adds, like `order_id=7`.
 
     Returns:
         The event, with its id and all columns loaded; detached when it was inserted on a connection. Where the server
-        fills in a column of a subclass, a session makes another round trip for it.
+        fills in a column of a subclass, a session makes another round trip for it. With *dedup_key* perhaps an earlier
+        one, whatever it holds.
 
     Raises:
         TypeError: If the class has no attribute of a name in *columns*, or it is one of Event's own.
         InvalidEventTypeError, InvalidChannelError, PublishError: If an argument is invalid; nothing was sent,
             and the session can go on.
+        RetryTransactionError: If an event with *dedup_key* is there that a transaction of this isolation level cannot
+            see; roll back, and do all of it again.
         SessionTypeError: If *session* is none.
         SessionStateError: If *session* cannot publish: two-phase, AUTOCOMMIT, read-only, failed, or not on
             PostgreSQL.
         sqlalchemy.exc.SQLAlchemyError: If the INSERT fails; then, as always, the session needs a rollback.
     """
     target = _asynchronous(session)
-    event = _made(event_type, payload, channel, run_at, headers, event_class, columns)
-    await _publish(target, [event])
-    return cast("_E", event)
+    own = {"run_at": run_at, "headers": headers, "key": key, "dedup_key": dedup_key, "priority": priority}
+    event = _made(event_type, payload, channel, own, event_class, columns)
+    return cast("_E", (await _publish(target, [event]))[0])
 
 
 def publish_event_sync(
     session: UnitOfWorkSync,
     event_type: str,
-    payload: dict[str, Any],
+    payload: dict[str, Any] | BaseModel | DataclassInstance,
     channel: str,
     run_at: datetime | None = None,
     *,
     headers: dict[str, Any] | None = None,
+    key: str | None = None,
+    dedup_key: str | None = None,
+    priority: int | None = None,
     event_class: type[_E] | None = None,
     **columns: Any,
 ) -> _E:
@@ -99,9 +118,9 @@ def publish_event_sync(
     are those of `publish_event()`.
     """
     target = _synchronous(session)
-    event = _made(event_type, payload, channel, run_at, headers, event_class, columns)
-    _insert(target, [event])
-    return cast("_E", event)
+    own = {"run_at": run_at, "headers": headers, "key": key, "dedup_key": dedup_key, "priority": priority}
+    event = _made(event_type, payload, channel, own, event_class, columns)
+    return cast("_E", _insert(target, [event])[0])
 
 
 async def publish_events(session: UnitOfWork, events: Iterable[Event]) -> list[Event]:
@@ -116,7 +135,8 @@ async def publish_events(session: UnitOfWork, events: Iterable[Event]) -> list[E
         events: New events; read to its end before anything is added to the session.
 
     Returns:
-        The events as a list, with their ids. An empty one for no events, without any SQL.
+        The events as a list, with their ids. An empty one for no events, without any SQL. In the place of one whose
+        `dedup_key` was there, the one that is there, with `duplicate` true.
 
     Raises:
         PublishError: If an item is no Event, has been published already, belongs to another session, or
@@ -129,16 +149,14 @@ async def publish_events(session: UnitOfWork, events: Iterable[Event]) -> list[E
     """
     target = _asynchronous(session)
     batch = _batch(events, target.sync_session if isinstance(target, AsyncSession) else None)
-    await _publish(target, batch)
-    return batch
+    return await _publish(target, batch)
 
 
 def publish_events_sync(session: UnitOfWorkSync, events: Iterable[Event]) -> list[Event]:
     """Publish many events from synchronous code: `publish_events()` for what `publish_event_sync()` takes."""
     target = _synchronous(session)
     batch = _batch(events, target if isinstance(target, Session) else None)
-    _insert(target, batch)
-    return batch
+    return _insert(target, batch)
 
 
 def _asynchronous(session: object) -> AsyncSession | AsyncConnection:
@@ -183,44 +201,42 @@ def _advice(session: object) -> str:
     return "Pass the session of the transaction that the event belongs to."
 
 
-async def _publish(target: AsyncSession | AsyncConnection, events: Sequence[Event]) -> None:
+async def _publish(target: AsyncSession | AsyncConnection, events: Sequence[Event]) -> list[Event]:
     try:
-        await target.run_sync(_insert, events)
+        return await target.run_sync(_insert, events)
     except InvalidRequestError as error:
         if isinstance(target, AsyncConnection) and target.sync_connection is None:
             raise SessionStateError(f"The connection cannot be used to publish now: {error}") from error
         raise
 
 
-def _insert(target: Session | Connection, events: Sequence[Event]) -> None:
+def _insert(target: Session | Connection, events: Sequence[Event]) -> list[Event]:
     if not events:
-        return
+        return []
     inherited = target.guard.headers if isinstance(target, DispatchSession) else {}
     if inherited:
         # Computed for all before any is changed: headers that become too large refuse the whole batch.
         merged = [check_headers({**inherited, **(event.headers or {})}) for event in events]
         for event, headers in zip(events, merged, strict=True):
             event.headers = headers
-    insert_events(target, events)
+    return insert_events(target, events)
 
 
 def _made(
     event_type: str,
-    payload: dict[str, Any],
+    payload: object,
     channel: str,
-    run_at: datetime | None,
-    headers: dict[str, Any] | None,
+    own: dict[str, Any],
     event_class: object,
     columns: dict[str, Any],
 ) -> Event:
     event = _instance(check_event_type(event_type), event_class, columns)
     event.type = event_type
     event.channel = channel
-    event.payload = payload
-    if run_at is not None:
-        event.run_at = run_at
-    if headers is not None:
-        event.headers = headers
+    event.payload = payload  # type: ignore[assignment]  # it is checked, and a model is made a dict
+    for name, value in own.items():
+        if value is not None:
+            setattr(event, name, value)
     return event
 
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 from random import Random
 from typing import Final
 
-from pgebus.errors import ConfigurationError
+from pgebus.errors import ConfigurationError, PayloadValidationError
 
 __all__ = ["MAX_DELAY", "Reject", "Retry", "RetryPolicy", "Signal", "Snooze", "retry_delay"]
 
@@ -28,6 +28,8 @@ class RetryPolicy:
         max_attempts: Executions, counted from 1, after which the delivery is dead; 1 to 1000.
         first: Largest delay after the first failure.
         ceiling: Largest delay of all, not less than *first*.
+        dead_on: Exceptions after which no further attempt is made, like a `Reject`; without an entry for it, a payload
+            that does not fit its handler's type is tried again like everything else.
 
     Raises:
         ConfigurationError: If a value is out of range, or they contradict each other.
@@ -36,6 +38,7 @@ class RetryPolicy:
     max_attempts: int = 10
     first: timedelta = timedelta(seconds=1)
     ceiling: timedelta = timedelta(minutes=15)
+    dead_on: tuple[type[Exception], ...] = (PayloadValidationError,)
 
     def __post_init__(self) -> None:
         attempts: object = self.max_attempts
@@ -47,6 +50,11 @@ class RetryPolicy:
         _check_delay(self.ceiling, "ceiling")
         if self.ceiling < self.first:
             raise ConfigurationError(f"ceiling {self.ceiling!r} is less than first {self.first!r}. Raise the ceiling.")
+        final: object = self.dead_on
+        if not isinstance(final, tuple) or not all(
+            isinstance(each, type) and issubclass(each, Exception) for each in final
+        ):
+            raise ConfigurationError("dead_on is no tuple of exception classes. Give one, like (ValueError,).")
 
     def delay(self, attempt: int, *, rng: Random = _RNG) -> timedelta:
         """Return how long to wait after attempt number *attempt* has failed; see `retry_delay`."""

@@ -10,11 +10,12 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from random import SystemRandom
 from types import TracebackType
 from typing import Final, NoReturn, Self
 
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from pgebus._guard import guard_engine
 from pgebus._runtime.acknowledging import Acknowledger
@@ -29,6 +30,7 @@ from pgebus._runtime.requirements import require_schema
 from pgebus._runtime.statements import Statements
 from pgebus._runtime.store import Line, Store
 from pgebus._runtime.supervision import DATABASE_ERRORS, Crew, Loops, cancel, keep_running, spawn
+from pgebus._runtime.threads import Threads
 from pgebus._runtime.waking import DatabaseClock, Wakeup
 from pgebus._version import __version__
 from pgebus.errors import StateError
@@ -72,6 +74,7 @@ class EventSystem:
         self._patience: float = settings.event_system.shutdown_timeout_seconds
         self._crew = Crew()
         self._holdings = Holdings()
+        self._threads = Threads(settings.event_system.n_workers)
         self._clock = DatabaseClock()
         self._wakeup = Wakeup(self._clock)
         self._presence = Presence(self._departed)
@@ -203,6 +206,8 @@ class EventSystem:
             ),
             isolation_level=options.isolation_level,
             rng=SystemRandom(),
+            threads=self._threads,
+            own=partial(AsyncSession, handlers.execution_options(isolation_level="READ COMMITTED")),
         )
         claimer = self._claimer = Claimer(
             Store(claims, statements, options.channel),
@@ -270,6 +275,7 @@ class EventSystem:
             try:
                 await self._wind_down(claimer, acknowledger, rounds, statements, writing=loops.alive("acknowledge"))
             finally:
+                self._threads.close()
                 await loops.end()
 
     async def _wind_down(

@@ -10,14 +10,15 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import asyncpg
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from pydantic import ValidationError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from pgebus._guard import dispatch_session
 from pgebus._runtime import faults
@@ -37,11 +38,14 @@ from pgebus._runtime.outcome import (
 from pgebus._runtime.statements import Statements
 from pgebus._runtime.store import driver_of
 from pgebus._runtime.supervision import DATABASE_ERRORS, is_dismissed
+from pgebus._runtime.threads import Threads
 from pgebus.context import EventContext
-from pgebus.errors import LeaseLostError, TransactionEndedError
+from pgebus.errors import LeaseLostError, PayloadValidationError, StateError, TransactionEndedError
+from pgebus.handlers import Handler
 from pgebus.models import Event
+from pgebus.publishing import publish_event
 from pgebus.retry import RetryPolicy, Signal
-from pgebus.routing import EventRouter, Handler
+from pgebus.routing import EventRouter
 from pgebus.session import GuardedSession
 
 logger = logging.getLogger(__name__)
@@ -80,6 +84,22 @@ class _Decoded:
     payload: str
     headers: dict[str, Any]
 
+    def argument(self, handler: Handler) -> Any:
+        """Return what *handler* is called with, of its own: what it changes in it is nobody else's business.
+
+        Raises:
+            PayloadValidationError: If the payload does not fit what it takes.
+        """
+        if handler.payload is None:
+            return json.loads(self.payload)
+        try:
+            return handler.payload.validate_json(self.payload)
+        except ValidationError as error:
+            # Without the values: they are the payload, and what is raised here is stored and logged.
+            found = error.errors(include_url=False, include_context=False, include_input=False)
+            places = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'payload'}: {each['msg']}" for each in found[:10])
+            raise PayloadValidationError(f"The payload does not fit {handler.name}: {places}") from None
+
     @classmethod
     def of(cls, lease: Lease) -> _Decoded:
         row = lease.row
@@ -101,6 +121,8 @@ class Dispatcher:
         policy: How often, and when, a failed delivery is tried again.
         isolation_level: Of the handlers' transactions.
         rng: Spreads the retries.
+        threads: Where plain functions run.
+        own: Makes a session on an engine without the guard, for what handlers without a transaction publish.
     """
 
     def __init__(
@@ -112,7 +134,11 @@ class Dispatcher:
         policy: RetryPolicy,
         isolation_level: str,
         rng: Random,
+        threads: Threads,
+        own: Callable[[], AsyncSession],
     ) -> None:
+        self._threads = threads
+        self._own = own
         self._router = router
         self._engine = engine
         self._sql = statements
@@ -136,7 +162,9 @@ class Dispatcher:
         handlers = self._router.handlers_for(lease.type, lease.fence.group)
         if not handlers:
             return Unhandle()
-        if lease.lost and lease.attempt > self._policy.max_attempts:
+        # The strictest of those that may have killed it: one that is to be tried once must not be tried twice.
+        left = [handler for handler in handlers if handler.name not in lease.handled] or handlers
+        if lease.lost and lease.attempt > min(self._policy_of(handler).max_attempts for handler in left):
             # Nobody could say so when it happened: the process that ran the last attempt died in it. Where attempts
             # are over for another reason, such as a setting that was lowered, the handlers run once more.
             times = "once" if lease.lost == 1 else f"{lease.lost} times"
@@ -157,27 +185,29 @@ class Dispatcher:
             if handler.name in handled:
                 continue
             try:
-                await _call(handler, context, decoded)
+                await self._call(handler, context, lease, decoded)
             except _HandlerFailed as failed:
-                return self._failed(lease, failed.error, failed.handler.name, tuple(handled))
+                return self._failed(lease, failed.error, failed.handler, tuple(handled))
             handled.append(handler.name)
         return Complete()
 
     async def _in_transaction(self, lease: Lease, decoded: _Decoded, handlers: Sequence[Handler]) -> Outcome:
         """Run all handlers and the completion in one transaction, again when it could not be serialized."""
+        error: BaseException
+        handler: Handler | None
         for replay in range(REPLAYS + 1):
             try:
                 await self._transaction(lease, decoded, handlers)
             except _HandlerFailed as failed:
-                error, name = failed.error, failed.handler.name
+                error, handler = failed.error, failed.handler
             except _NotBegun as failed:
                 return Reschedule(self._policy.first, counted=False, failure=describe(failed.error, None))
             except Exception as raised:  # noqa: BLE001 - not even a bug of ours may run one delivery for ever, uncounted
-                error, name = raised, None
+                error, handler = raised, None
             else:
                 return Committed()
             if not faults.is_replayable(error) or isinstance(error, Signal) or replay == REPLAYS:
-                return self._after(lease, error, name)
+                return self._after(lease, error, handler)
             logger.debug("Event %d: %s; the transaction runs again.", lease.fence.event_id, error)
             await asyncio.sleep(_REPLAY_PAUSE_SECONDS * 2**replay * self._rng.random())
         raise AssertionError("the last replay returns")
@@ -197,9 +227,9 @@ class Dispatcher:
             except DATABASE_ERRORS as error:
                 raise _NotBegun(error) from error
             async with dispatch_session(connection, begin=begin) as session:
-                context = self._context(lease, decoded, GuardedSession(session, _correlation(lease, decoded)))
+                context = self._context(lease, decoded, GuardedSession(session, _caused_by(lease, decoded)))
                 for handler in handlers:
-                    await _call(handler, context, decoded)
+                    await self._call(handler, context, lease, decoded)
                     try:
                         # After each, so that what fails here is the failure of the handler that caused it.
                         await session.flush()
@@ -224,7 +254,32 @@ class Dispatcher:
             if tag != "COMMIT":
                 raise asyncpg.InFailedSQLTransactionError(f"COMMIT was answered with {tag}")
 
-    def _after(self, lease: Lease, error: BaseException, handler: str | None) -> Outcome:
+    def _policy_of(self, handler: Handler | None) -> RetryPolicy:
+        return self._policy if handler is None or handler.retry is None else handler.retry
+
+    async def _call(self, handler: Handler, context: EventContext, lease: Lease, decoded: _Decoded) -> None:
+        """Run one handler; whatever it raises is its failure, except a cancellation that was meant for the task."""
+        task = asyncio.current_task()
+        try:
+            argument = decoded.argument(handler)
+            async with asyncio.timeout(None if handler.timeout is None else handler.timeout.total_seconds()):
+                if handler.threaded:
+                    await self._threads.run(
+                        handler.function, self._context(lease, decoded, None, threaded=True), argument
+                    )
+                else:
+                    await cast("Awaitable[object]", handler.function(context, argument))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                if is_dismissed(task):
+                    raise
+                while task is not None and task.cancelling():  # its own code did it, and the task goes on
+                    task.uncancel()
+            raise _HandlerFailed(handler, error) from error
+
+    def _after(self, lease: Lease, error: BaseException, handler: Handler | None) -> Outcome:
         """Decide after a transaction that failed."""
         extra = {"pgebus_event_id": lease.fence.event_id, "pgebus_group": lease.fence.group}
         if handler is None and isinstance(error, LeaseLostError):
@@ -259,12 +314,17 @@ class Dispatcher:
         self,
         lease: Lease,
         error: BaseException,
-        handler: str | None,
+        handler: Handler | None,
         handled: tuple[str, ...],
         failure: Failure | None = None,
     ) -> Reschedule | DeadLetter:
         decision = decide(
-            error, handler=handler, attempt=lease.attempt, policy=self._policy, handled=handled, rng=self._rng
+            error,
+            handler=None if handler is None else handler.name,
+            attempt=lease.attempt,
+            policy=self._policy_of(handler),
+            handled=handled,
+            rng=self._rng,
         )
         if failure is not None:
             decision = (
@@ -275,7 +335,9 @@ class Dispatcher:
         _log_failure(lease, decision)
         return decision
 
-    def _context(self, lease: Lease, decoded: _Decoded, session: GuardedSession | None) -> EventContext:
+    def _context(
+        self, lease: Lease, decoded: _Decoded, session: GuardedSession | None, *, threaded: bool = False
+    ) -> EventContext:
         def make() -> Event:
             columns = {
                 **dict(lease.row.items()),
@@ -285,37 +347,43 @@ class Dispatcher:
             made = event_from_row(columns)
             return made if session is None else session.attach(made)
 
+        async def publish(
+            event_type: str, payload: dict[str, Any], channel: str | None, run_at: datetime | None, **options: Any
+        ) -> Event:
+            channel = lease.row["channel"] if channel is None else channel
+            if session is not None:
+                return await publish_event(session, event_type, payload, channel, run_at, **options)
+            if threaded:
+                raise StateError("ctx.publish() is for coroutines. Make the handler 'async def', or open a session.")
+            headers = {**_caused_by(lease, decoded), **(options.pop("headers", None) or {})}
+            async with self._own() as own:
+                event: Event = await publish_event(
+                    own, event_type, payload, channel, run_at, headers=headers, **options
+                )
+                await own.commit()
+            return event
+
         return EventContext(
             event=make,
             event_id=lease.fence.event_id,
             group=lease.fence.group,
             attempt=lease.attempt,
             claim_seq=lease.fence.claim_seq,
+            publish=publish,
             session=session,
         )
 
 
-async def _call(handler: Handler, context: EventContext, decoded: _Decoded) -> None:
-    """Run one handler; whatever it raises is its failure, except a cancellation that was meant for the task."""
-    task = asyncio.current_task()
-    try:
-        # Each handler gets a payload of its own: what one changes in it is nobody else's business.
-        await handler.function(context, json.loads(decoded.payload))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        if isinstance(error, asyncio.CancelledError):
-            if is_dismissed(task):
-                raise
-            while task is not None and task.cancelling():  # its own code did it, and the task goes on
-                task.uncancel()
-        raise _HandlerFailed(handler, error) from error
+def _caused_by(lease: Lease, decoded: _Decoded) -> dict[str, Any]:
+    """Return the headers of whatever the handlers publish: which event caused it, and which one started it all.
 
-
-def _correlation(lease: Lease, decoded: _Decoded) -> dict[str, Any]:
-    """Return the headers of whatever the handlers publish: which event caused it, and which one started it all."""
+    The trace goes on as well, by the names of W3C Trace Context.
+    """
     event_id = str(lease.fence.event_id)
-    return {"correlation_id": decoded.headers.get("correlation_id", event_id), "causation_id": event_id}
+    trace: dict[str, Any] = {
+        name: decoded.headers[name] for name in ("traceparent", "tracestate") if name in decoded.headers
+    }
+    return {"correlation_id": decoded.headers.get("correlation_id", event_id), "causation_id": event_id, **trace}
 
 
 @contextlib.contextmanager

@@ -104,13 +104,13 @@ def decide(
 ) -> Reschedule | DeadLetter:
     """Return what becomes of a delivery whose *handler* raised *error* in attempt number *attempt*.
 
-    `Snooze` is never counted. `Reject` is final. `Retry` and every other exception are tried again until the policy's
-    attempts are used up.
+    `Snooze` is never counted. `Reject` is final, and so is what the policy calls so. `Retry` and every other exception
+    are tried again until the policy's attempts are used up.
     """
     if isinstance(error, Snooze):
         return Reschedule(error.delay, counted=False, handled=handled)
     failure = describe(error, handler)
-    if isinstance(error, Reject) or attempt >= policy.max_attempts:
+    if isinstance(error, (Reject, *policy.dead_on)) or attempt >= policy.max_attempts:
         return DeadLetter(failure, handled)
     if isinstance(error, Retry) and error.delay is not None:
         return Reschedule(error.delay, counted=True, failure=failure, handled=handled)
