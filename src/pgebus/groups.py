@@ -33,7 +33,9 @@ class Group:
         start: Which events a group or a pattern gets that the database does not know yet: those that are published
             from now on (None or `"now"`), all that are still kept (`"beginning"`), or those created since a moment,
             an aware datetime by the database's clock. Afterwards it has no effect.
-        max_running: How many deliveries of the group run at once, over all workers.
+        max_running: How many deliveries of the group run at once, over all workers. An operator may change it; it is
+            written when a process starts.
+        per_process: How many of them run at once in one process.
         dead_holds_key: Whether a dead delivery holds back the later events of its key.
 
     Raises:
@@ -43,6 +45,7 @@ class Group:
     name: str
     start: Literal["now", "beginning"] | datetime | None = None
     max_running: int | None = None
+    per_process: int | None = None
     dead_holds_key: bool | None = None
 
     def __post_init__(self) -> None:
@@ -55,9 +58,10 @@ class Group:
             raise ConfigurationError(
                 f"start of group {self.name!r} must be 'now', 'beginning' or a datetime with a time zone."
             )
-        most: object = self.max_running
-        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or not 1 <= most <= _MOST_RUNNING):
-            raise ConfigurationError(f"max_running of group {self.name!r} must be a whole number from 1, not {most!r}.")
+        for what in ("max_running", "per_process"):
+            most: object = getattr(self, what)
+            if most is not None and not (type(most) is int and 1 <= most <= _MOST_RUNNING):
+                raise ConfigurationError(f"{what} of group {self.name!r} must be a whole number from 1, not {most!r}.")
         holds: object = self.dead_holds_key
         if holds not in (None, True, False) or (isinstance(holds, int) and not isinstance(holds, bool)):
             raise ConfigurationError(f"dead_holds_key of group {self.name!r} must be True or False.")

@@ -19,6 +19,7 @@ from pydantic import (
     ModelWrapValidatorHandler,
     SecretStr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -35,6 +36,7 @@ from sqlalchemy import URL
 from pgebus._sources import CONFIG_FILE, PREFIX, our_variables, read_toml
 from pgebus._urls import DEFAULT_PORT, is_host, make_database_url, parse_database_url, storable
 from pgebus.errors import ConfigurationError
+from pgebus.groups import check_group_name
 from pgebus.names import MAX_IDENTIFIER_BYTES, check_channel, check_schema
 
 __all__ = ["DatabaseSettings", "EventSystemSettings", "Settings"]
@@ -234,6 +236,8 @@ class EventSystemSettings(_Section):
 
     channel: Annotated[str, BeforeValidator(check_channel)] = "events"
     """The queue that is worked on; at most 63 bytes."""
+    groups: Annotated[tuple[str, ...] | None, BeforeValidator(_none_as_text)] = None
+    """The consumer groups that this process serves; None: all that its handlers are in."""
     n_workers: Whole = Field(default=5, ge=1, le=1000)
     """How many deliveries this process handles at once."""
     max_attempts: Whole = Field(default=10, ge=1, le=1000)
@@ -254,6 +258,13 @@ class EventSystemSettings(_Section):
     """Seconds that a worker may be gone before its deliveries are given to others."""
     isolation_level: Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"] = "READ COMMITTED"
     """Of the handlers' transaction."""
+
+    @field_validator("groups")
+    @classmethod
+    def _groups_are_named(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and not value:
+            raise ValueError("names no group; leave it out to serve all of them")
+        return None if value is None else tuple(dict.fromkeys(check_group_name(name) for name in value))
 
     @model_validator(mode="after")
     def _backoff_grows(self) -> EventSystemSettings:

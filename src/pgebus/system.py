@@ -33,15 +33,14 @@ from pgebus._runtime.supervision import DATABASE_ERRORS, Crew, Loops, cancel, ke
 from pgebus._runtime.threads import Threads
 from pgebus._runtime.waking import DatabaseClock, Wakeup
 from pgebus._version import __version__
-from pgebus.errors import StateError
+from pgebus.errors import ConfigurationError, StateError
+from pgebus.groups import DEFAULT_GROUP
 from pgebus.health import LoopHealth, SystemHealth, SystemState
 from pgebus.retry import RetryPolicy
 from pgebus.routing import EventRouter
 from pgebus.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_GROUP: Final = "default"
 
 # After the handlers were cancelled: how long they may take to clean up, and how long the last writes may take.
 _CANCELLED_SECONDS: Final = 5.0
@@ -57,6 +56,9 @@ class EventSystem:
     Args:
         router: The handlers; routes that are added later are found as well.
         settings: The database and how to run.
+
+    Raises:
+        ConfigurationError: If the settings name a group that no handler is in.
     """
 
     def __init__(self, router: EventRouter, settings: Settings) -> None:
@@ -64,6 +66,11 @@ class EventSystem:
             raise TypeError(f"router must be an EventRouter, not {type(router).__name__}.")
         if not isinstance(settings, Settings):
             raise TypeError(f"settings must be Settings, not {type(settings).__name__}.")
+        if unknown := set(settings.event_system.groups or ()) - {group.name for group in router.groups()}:
+            raise ConfigurationError(
+                f"The settings name groups that no handler is in: {', '.join(sorted(unknown))}. Register their "
+                "handlers first, or name others."
+            )
         self._router = router
         self._settings = settings
         self._state = SystemState.NEW
@@ -219,7 +226,8 @@ class EventSystem:
             wakeup=self._wakeup,
             clock=self._clock,
             crew=self._crew,
-            groups=[DEFAULT_GROUP],
+            groups=self._served,
+            here={group.name: group.per_process for group in self._router.groups() if group.per_process},
             slots=options.n_workers,
             # What is held when the process dies has used up an attempt, begun or not.
             ahead=MAX_AHEAD if options.max_attempts >= ATTEMPTS_TO_SPARE else 0,
@@ -231,7 +239,7 @@ class EventSystem:
             rounds,
             statements,
             channel=options.channel,
-            groups=[DEFAULT_GROUP],
+            groups=self._served,
             presence=self._presence,
             wakeup=self._wakeup,
             health=self._loops["listen"],
@@ -310,6 +318,11 @@ class EventSystem:
                 await line.fetch(statements.sign_off, worker_id)
             except DATABASE_ERRORS:  # the line may have died unnoticed, while it had nothing to do
                 await line.fetch(statements.sign_off, worker_id)
+
+    def _served(self) -> list[str]:
+        """Return the groups that this process serves."""
+        named = self._settings.event_system.groups
+        return list(named or (group.name for group in self._router.groups())) or [DEFAULT_GROUP]
 
     def _announce(self) -> None:
         database, options = self._settings.database, self._settings.event_system

@@ -18,6 +18,7 @@ from pgebus import (
     EventRouter,
     EventSystem,
     EventSystemSettings,
+    Group,
     GuardedSession,
     Reject,
     Retry,
@@ -123,9 +124,15 @@ class Mailer:
 router.on("mail.wanted", name="send")(Mailer().send)
 
 
-@router.on("demo.sync")  # type: ignore[type-var]  # no coroutine function
+@router.on("demo.sync", group="slow", timeout=timedelta(seconds=3), retry=RetryPolicy(dead_on=(ValueError,)))
 def not_async(ctx: EventContext, payload: dict[str, Any]) -> None:
-    """Refused at registration, too."""
+    """Runs in a thread."""
+
+
+@router.on("demo.#", group=Group("billing", start="beginning", max_running=3))
+async def publishing(ctx: EventContext, payload: Order) -> None:
+    """Takes a type of its own, and publishes."""
+    assert_type(await ctx.publish("a.b", {}), Event)
 
 
 async def call_again(ctx: EventContext) -> None:

@@ -106,6 +106,9 @@ class Shelf(Store):
     async def unhandled_types(self, groups: Sequence[str]) -> list[tuple[str, str]]:
         return []
 
+    async def limited_groups(self, groups: Sequence[str]) -> frozenset[str]:
+        return frozenset()
+
     async def next_due(self, groups: Sequence[str]) -> tuple[float, float | None]:
         return 5_000.0, None
 
@@ -181,7 +184,7 @@ class Bench:
             wakeup=self.wakeup,
             clock=self.clock,
             crew=self.crew,
-            groups=["default"],
+            groups=lambda: ["default"],
             slots=slots,
             ahead=ahead,
             poll_interval=60.0,

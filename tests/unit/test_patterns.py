@@ -82,7 +82,7 @@ def test_a_good_path_is_returned(path: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["", "*a", "a*", "order*", "order.#x", "**", "##", "*.", ".#", "a..#", "# ", "a.*\n", "é.*", "a." * 127 + "*b", 1, None],
+    ["", "*a", "a*", "order*", "order.#x", "**", "##", "*.", ".#", "a..#", "# ", "a.*\n", "é.*", "a*b.c", 1, None],
 )  # fmt: skip
 def test_a_bad_path_is_refused(path: object) -> None:
     with pytest.raises(InvalidEventTypeError):

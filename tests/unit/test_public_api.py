@@ -23,21 +23,26 @@ NAMES = [
     "EventRouter",
     "EventSystem",
     "EventSystemSettings",
+    "Group",
     "GuardedSession",
     "InvalidChannelError",
     "InvalidEventTypeError",
     "InvalidHandlerError",
+    "InvalidKeyError",
     "InvalidPayloadError",
+    "InvalidPriorityError",
     "InvalidRunAtError",
     "InvalidSchemaError",
     "LeaseLostError",
     "LoopHealth",
     "PayloadTooLargeError",
+    "PayloadValidationError",
     "PgebusError",
     "PublishError",
     "Reject",
     "Retry",
     "RetryPolicy",
+    "RetryTransactionError",
     "SchemaMismatchError",
     "SessionControlError",
     "SessionStateError",
@@ -62,16 +67,20 @@ NAMES = [
 # Names, kinds and defaults; the annotations are held by the type checker, in tests/typing.
 SIGNATURES = {
     "publish_event": (
-        "(session, event_type, payload, channel, run_at=None, *, headers=None, event_class=None, **columns)"
+        "(session, event_type, payload, channel, run_at=None, *, headers=None, key=None, dedup_key=None, "
+        "priority=None, event_class=None, **columns)"
     ),
     "publish_event_sync": (
-        "(session, event_type, payload, channel, run_at=None, *, headers=None, event_class=None, **columns)"
+        "(session, event_type, payload, channel, run_at=None, *, headers=None, key=None, dedup_key=None, "
+        "priority=None, event_class=None, **columns)"
     ),
     "publish_events": "(session, events)",
     "publish_events_sync": "(session, events)",
-    "EventRouter": "(prefix='')",
-    "EventRouter.on": "(self, path, *, transactional=False, name=None)",
-    "EventRouter.include_router": "(self, other, *, prefix='')",
+    "EventRouter": "(prefix='', *, group=None)",
+    "EventRouter.on": ("(self, path, *, transactional=False, name=None, group=None, timeout=None, retry=None)"),
+    "EventRouter.include_router": "(self, other, *, prefix='', group=None)",
+    "EventContext.publish": "(self, event_type, payload, channel=None, run_at=None, **options)",
+    "Group": "(name, start=None, max_running=None, per_process=None, dead_holds_key=None)",
     "EventSystem": "(router, settings)",
     "EventSystem.start": "(self)",
     "EventSystem.stop": "(self, wait_for_completion=True, timeout=30.0)",

@@ -383,7 +383,8 @@ def test_what_is_no_group_is_refused(group: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"start": "soon"}, {"start": 1}, {"start": datetime(2030, 1, 1)}, {"max_running": 0}, {"max_running": True},
+        {"start": "soon"}, {"start": 1}, {"start": datetime(2030, 1, 1)},  # noqa: DTZ001 - that is what is refused
+        {"max_running": 0}, {"max_running": True},
         {"max_running": 1.5}, {"max_running": 2**31}, {"dead_holds_key": 1}, {"dead_holds_key": "yes"},
     ],
     ids=str,

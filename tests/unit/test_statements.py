@@ -84,6 +84,8 @@ def test_nothing_else_writes_on_a_running_delivery(name: str) -> None:
     allowed = {
         "claim": "d.status = 'pending'",
         "claim_suspect": "d.status = 'pending'",
+        "claim_limited": "d.status = 'pending'",
+        "claim_limited_suspect": "d.status = 'pending'",
         "adopt": "d.status = 'unhandled'",
         "sweep": "JOIN heads h USING (event_id, consumer_group) WHERE d.status = 'blocked'",
         "recover": "pg_try_advisory_xact_lock(w)",
@@ -126,10 +128,16 @@ def test_what_a_worker_died_with_is_claimed_apart() -> None:
     assert PLAIN.claim.count("AND d.lost = 0") == 1
     assert PLAIN.claim_suspect.count("AND d.lost > 0") == 1
     assert PLAIN.claim.replace("d.lost = 0", "d.lost > 0") == PLAIN.claim_suspect
+    assert PLAIN.claim_limited.replace("d.lost = 0", "d.lost > 0") == PLAIN.claim_limited_suspect
+
+
+def test_a_limited_group_is_claimed_under_its_lock_alone() -> None:
+    assert PLAIN.claim.replace(" AND g.max_running IS NULL", "") == PLAIN.claim_limited
+    assert PLAIN.claim != PLAIN.claim_limited
 
 
 def test_what_a_worker_died_with_is_adopted_but_not_started() -> None:
-    assert "WHEN d.due_at > now() OR d.lost > 0 THEN 'pending'" in flat(PLAIN.adopt)
+    assert "WHEN d.due_at > now() OR d.lost > 0 OR g.waits THEN 'pending'" in flat(PLAIN.adopt)
 
 
 def test_only_what_could_be_claimed_counts_as_a_suspect() -> None:
@@ -150,7 +158,10 @@ def test_who_asks_what_is_still_held_locks_nothing() -> None:
     assert fence in flat(PLAIN.still_held)
 
 
-@pytest.mark.parametrize("name", ["claim", "claim_suspect", "adopt"])
+CLAIMS = ["claim", "claim_suspect", "claim_limited", "claim_limited_suspect", "adopt"]
+
+
+@pytest.mark.parametrize("name", CLAIMS)
 def test_further_columns_are_returned_by_every_claim(name: str) -> None:
     selected = Statements("pgebus", ", e.tenant")
     assert texts(selected)[name] == texts(PLAIN)[name] + ", e.tenant"
@@ -158,7 +169,7 @@ def test_further_columns_are_returned_by_every_claim(name: str) -> None:
 
 @every_statement
 def test_further_columns_are_returned_by_nothing_else(name: str) -> None:
-    if name not in ("claim", "claim_suspect", "adopt"):
+    if name not in CLAIMS:
         assert texts(Statements("pgebus", ", e.tenant"))[name] == texts(PLAIN)[name]
 
 

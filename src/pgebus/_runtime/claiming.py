@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import Final, NoReturn
 
@@ -72,7 +72,8 @@ class Claimer:
         wakeup: Wakes the loop.
         clock: The database's clock.
         crew: The tasks of the running deliveries.
-        groups: The groups that are served.
+        groups: Returns the groups that are served; asked again when handlers are registered late.
+        here: How many deliveries of a group this process runs at once, at most; for those that have a limit.
         slots: How many deliveries run at once.
         ahead: How many more may be held, at most.
         poll_interval: Seconds between looks that nothing asked for.
@@ -91,7 +92,8 @@ class Claimer:
         wakeup: Wakeup,
         clock: DatabaseClock,
         crew: Crew,
-        groups: Sequence[str],
+        groups: Callable[[], Sequence[str]],
+        here: Mapping[str, int] | None = None,
         slots: int,
         ahead: int = MAX_AHEAD,
         poll_interval: float,
@@ -106,7 +108,11 @@ class Claimer:
         self._wakeup = wakeup
         self._clock = clock
         self._crew = crew
-        self._groups = list(groups)
+        self._served = groups
+        self._groups = list(groups())
+        self._here = here or {}
+        self._limited: frozenset[str] = frozenset()
+        self._turns: deque[str | None] = deque()
         self._slots = slots
         self._ahead = ahead
         self._poll_interval = poll_interval
@@ -152,6 +158,7 @@ class Claimer:
 
     def learn(self) -> None:
         """The router knows more types than before: look for what was put aside."""
+        self._groups = list(self._served())
         self._adopt_at = monotonic()
         self._wakeup.look()
 
@@ -201,10 +208,7 @@ class Claimer:
         if not (wanted or self._backlog):
             return self._until(self._look_at)
 
-        self._groups.append(self._groups.pop(0))  # groups take turns
-        leases = await self._store.claim(worker_id, self._groups, room)
-        self._backlog = adopted or len(leases) == room
-        self._take(leases)
+        self._backlog = await self._claim(worker_id, room) == room or adopted
         if self._backlog:
             await self._clear_flag(worker_id, now)
             return 0.0
@@ -217,6 +221,34 @@ class Claimer:
             self._look_at = monotonic()
             return 0.0
         return await self._plan_next_look(looking=looking)
+
+    async def _claim(self, worker_id: int, room: int) -> int:
+        """Claim up to *room* deliveries and start them; return how many.
+
+        Limited groups are claimed one by one. They and all the others together take turns in coming first.
+        """
+        self._groups.append(self._groups.pop(0))
+        apart = [group for group in self._groups if group in self._limited or group in self._here]
+        free = [group for group in self._groups if group not in apart]
+        if set(self._turns) != {*apart, None}:
+            self._turns = deque([None, *apart])
+        self._turns.rotate(1)
+        claimed = 0
+        for group in tuple(self._turns):
+            left = room - claimed
+            if group is not None and group in self._here:
+                left = min(left, self._here[group] - self._holdings.of_group(group))
+            if left <= 0:
+                continue
+            if group is None:
+                leases = await self._store.claim(worker_id, free, left) if free else []
+            elif group in self._limited:
+                leases = await self._store.claim_limited(worker_id, group, left)
+            else:
+                leases = await self._store.claim(worker_id, [group], left)
+            self._take(leases)
+            claimed += len(leases)
+        return claimed
 
     async def _plan_next_look(self, *, looking: bool) -> float:
         """Return the seconds until the next look that nothing asked for."""
@@ -261,6 +293,8 @@ class Claimer:
     async def _claim_suspect(self, worker_id: int) -> None:
         """Take one delivery that a worker died with, and start it with nothing beside it."""
         leases = await self._store.claim_suspect(worker_id, self._groups)
+        for group in self._limited if not leases else ():
+            leases = leases or await self._store.claim_limited(worker_id, group, 1, suspect=True)
         if not leases:
             self._quarantine.looked(found=False, now=monotonic())
             return
@@ -326,8 +360,8 @@ class Claimer:
 
     def settled(self, due_in: float | None) -> None:
         """An outcome was written, and perhaps a delivery is due again in *due_in* seconds."""
-        if due_in is not None and due_in <= 0:
-            self._wakeup.look()
+        if (due_in is not None and due_in <= 0) or self._limited or self._here:
+            self._wakeup.look()  # also because the next one of a limited group may run now
         elif due_in is not None:
             self._wakeup.due_in(due_in)
         else:
@@ -336,6 +370,7 @@ class Claimer:
     async def _adopt(self, worker_id: int, room: int) -> bool:
         """Take over unhandled deliveries of types that are known by now; return whether there were any."""
         self._adopt_at = monotonic() + ADOPT_SECONDS
+        self._limited = await self._store.limited_groups(self._groups)
         adopted = 0
         for group, event_type in await self._store.unhandled_types(self._groups):
             if not self._router.handlers_for(event_type, group):
@@ -344,7 +379,10 @@ class Claimer:
             if room <= 0:
                 adopted += 1  # more is there, once there is room
                 break
-            taken, leases = await self._store.adopt(worker_id, group, event_type, min(room, ADOPT_LIMIT))
+            most = min(room, ADOPT_LIMIT, self._here.get(group, room) - self._holdings.of_group(group))
+            if most <= 0:
+                continue
+            taken, leases = await self._store.adopt(worker_id, group, event_type, most)
             self._take(leases)
             adopted += taken
             room -= len(leases)

@@ -5,6 +5,7 @@ Bookkeeping in memory only; PostgreSQL decides who owns what, by the fence that 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -62,6 +63,7 @@ class Holdings:
 
     def __init__(self) -> None:
         self._held: dict[Fence, Lease] = {}
+        self._of_group: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._held)
@@ -75,8 +77,15 @@ class Holdings:
     def add(self, leases: Iterable[Lease]) -> None:
         """Take note of freshly claimed *leases*."""
         for lease in leases:
+            if self._held.get(lease.fence) is None:
+                self._of_group[lease.fence.group] += 1
             self._held[lease.fence] = lease
+
+    def of_group(self, group: str) -> int:
+        """Return how many of them are of *group*."""
+        return self._of_group[group]
 
     def drop(self, lease: Lease) -> None:
         """Forget *lease*: its outcome is written, or it is somebody else's."""
-        self._held.pop(lease.fence, None)
+        if self._held.pop(lease.fence, None) is not None:
+            self._of_group[lease.fence.group] -= 1

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import socket
+from collections.abc import Callable
 from datetime import datetime
 from typing import Final, NoReturn
 
@@ -56,7 +57,7 @@ class Listener:
         other: A line to the same database through the worker's own pool.
         statements: The statements for the schema.
         channel: What to LISTEN on.
-        groups: The groups that this worker serves.
+        groups: Returns the groups that this worker serves.
         presence: Told when the worker's lock is held, and when it is not.
         wakeup: Told of notifications.
         health: Told when the connection works.
@@ -70,7 +71,7 @@ class Listener:
         statements: Statements,
         *,
         channel: str,
-        groups: list[str],
+        groups: Callable[[], list[str]],
         presence: Presence,
         wakeup: Wakeup,
         health: LoopHealth,
@@ -180,7 +181,7 @@ class Listener:
                     self._sql.register,
                     worker_id,
                     self._channel,
-                    self._groups,
+                    self._groups(),
                     socket.gethostname(),
                     os.getpid(),
                     self._version,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from datetime import datetime
 from time import monotonic
 from typing import Final, NoReturn
 
@@ -15,7 +16,8 @@ import asyncpg
 
 from pgebus._runtime.faults import is_disconnect
 from pgebus._runtime.presence import Presence
-from pgebus._runtime.store import Store
+from pgebus._runtime.store import Backfill, Store
+from pgebus.groups import Group
 from pgebus.health import LoopHealth
 from pgebus.routing import EventRouter
 
@@ -27,6 +29,9 @@ FRESH_SERVER_GRACE_SECONDS: Final = 10.0
 PRUNE_SECONDS: Final = 60.0
 PRUNE_BATCH: Final = 1_000
 SUBSCRIBE_SECONDS: Final = 30.0
+# How many events a statement of the backfill looks at, and how long it goes on in one round.
+BACKFILL_BATCH: Final = 10_000
+BACKFILL_SECONDS: Final = 0.5
 
 
 class Coroner:
@@ -75,6 +80,61 @@ class Coroner:
         return dead
 
 
+class Backfiller:
+    """Gives new patterns the events that their subscription came too late for.
+
+    A transaction that began before the subscription was committed does not see it, and may insert events for a long
+    time. So whoever is in a transaction when a new pattern is first seen here is waited for, without a lock; from then
+    on the trigger serves everybody, and what lies between is made up for. After a crash it begins again.
+
+    Args:
+        store: On the connection of the maintenance.
+        look: Called when there is something to claim.
+    """
+
+    def __init__(self, store: Store, look: Callable[[], None]) -> None:
+        self._store = store
+        self._look = look
+        self._waiting: dict[Backfill, frozenset[str]] = {}
+        self._reached: dict[Backfill, int] = {}  # up to which id it has been done, by us
+
+    async def round(self) -> None:
+        """Look for new patterns, and make up for those that nobody has to be waited for any more: a bit each time."""
+        wanted = await self._store.backfills()
+        self._reached = {each: above for each, above in self._reached.items() if each in wanted}
+        if not wanted:
+            self._waiting.clear()
+            return
+        in_flight = await self._store.in_flight()
+        self._waiting = {each: self._waiting.get(each, in_flight) & in_flight for each in wanted}
+        until = monotonic() + BACKFILL_SECONDS
+        for each, others in self._waiting.items():
+            if not others and monotonic() < until:
+                await self._make_up(each, until)
+
+    async def _make_up(self, what: Backfill, until: float) -> None:
+        # Whoever takes a higher id from now on is served by the trigger.
+        last = await self._store.last_event_id()
+        while True:
+            above = self._reached.get(what, what.since)
+            made, reached = await self._store.backfill(what, above, last, BACKFILL_BATCH)
+            if made:
+                # What has a key waits behind the others of it; the sweep finds who is first.
+                await self._store.sweep()
+                self._look()
+            if reached is None:
+                break
+            self._reached[what] = reached
+            if monotonic() >= until:
+                return
+        await self._store.backfilled(what)
+        logger.info("Group %r is up to date with %r.", what.group, what.pattern)
+
+
+def _start_of(group: Group) -> str:
+    return group.start.isoformat() if isinstance(group.start, datetime) else group.start or "now"
+
+
 class Maintenance:
     """The loop.
 
@@ -109,6 +169,7 @@ class Maintenance:
         self._look = look
         self._learned = learned
         self._health = health
+        self._backfiller = Backfiller(store, look)
         self._subscribed_version: int | None = None
         self._subscribe_at = monotonic()
         self._prune_at = monotonic() + PRUNE_SECONDS
@@ -133,6 +194,7 @@ class Maintenance:
     async def _round(self) -> None:
         await self._recover()
         await self.subscribe()
+        await self._backfiller.round()
         if await self._store.sweep():
             self._look()
         if monotonic() >= self._prune_at:
@@ -144,9 +206,16 @@ class Maintenance:
         late = self._subscribed_version not in (None, version)
         if version == self._subscribed_version and monotonic() < self._subscribe_at:
             return
-        patterns = [(route.handler.group, route.pattern) for route in self._router.routes()]
-        if patterns:
-            await self._store.subscribe(patterns)
+        groups = {group.name: group for group in self._router.groups()}
+        if groups:
+            # What is declared is written once: later on, an operator may have had reason to write something else.
+            await self._store.declare_groups(list(groups.values()), configure=self._subscribed_version is None)
+            await self._store.subscribe(
+                [
+                    (route.handler.group, route.pattern, _start_of(groups[route.handler.group]))
+                    for route in self._router.routes()
+                ]
+            )
         self._subscribed_version = version
         self._subscribe_at = monotonic() + SUBSCRIBE_SECONDS
         if late:

@@ -82,17 +82,22 @@ class Statements:
     WHERE f.event_id = $1::bigint AND f.consumer_group = $2::text AND f.claim_seq = $3::integer
       AND f.worker_id = $4::bigint AND f.status = 'running' FOR UPDATE SKIP LOCKED)"""
 
+        # Whether a group, `g`, is below its limit: else nobody needs to look.
+        may_run_more = f"""(g.max_running IS NULL OR g.max_running > (
+      SELECT count(*) FROM {s}.deliveries r
+      WHERE r.status = 'running' AND r.channel = g.channel AND r.consumer_group = g.consumer_group))"""
+
         # Claim what is due: $1 worker, $2 channel, $3 groups in the order of their turn, $4 limit. One lane for each
         # group and priority: a lane ends at its first row that is not due yet, so rows for tomorrow are never walked.
         # The rows are locked, so the update may find them by place; by primary key a planner without statistics
         # would join the whole table. LEFT JOIN: a delivery whose event is gone must be seen, or it would fill its
         # lane for ever.
-        def claim(lost: str) -> str:
+        def claim(lost: str, among: str = "") -> str:
             return f"""
 WITH lane AS MATERIALIZED (
   SELECT g.consumer_group, p.level
   FROM unnest($3::text[]) WITH ORDINALITY AS u(name, ord)
-  JOIN {s}.consumer_groups g ON g.channel = $2::text AND g.consumer_group = u.name AND g.paused_at IS NULL
+  JOIN {s}.consumer_groups g ON g.channel = $2::text AND g.consumer_group = u.name AND g.paused_at IS NULL{among}
   CROSS JOIN generate_series(0, 9) AS p(level)
   ORDER BY p.level, u.ord
 ), due AS MATERIALIZED (
@@ -119,14 +124,30 @@ FROM due LEFT JOIN {s}.events e ON e.id = due.event_id
 WHERE d.ctid = due.place
 RETURNING {_LEASE}, {_EVENT}{selected}"""
 
-        self.claim: Final = claim("= 0")
+        unlimited = " AND g.max_running IS NULL"
+        self.claim: Final = claim("= 0", unlimited)
         # A delivery in whose hands a worker died is taken one at a time, by a worker that can run it alone.
-        self.claim_suspect: Final = claim("> 0")
+        self.claim_suspect: Final = claim("> 0", unlimited)
+        # The same for one group that is limited, in one transaction with the two that come before them: the lock makes
+        # workers take turns, and the count is a statement of its own, so that it sees what the last one has claimed.
+        self.claim_limited: Final = claim("= 0")
+        self.claim_limited_suspect: Final = claim("> 0")
+        # $1 channel, $2 group.
+        self.lock_group: Final = f"""
+SELECT g.max_running FROM {s}.consumer_groups g
+WHERE g.channel = $1::text AND g.consumer_group = $2::text AND g.paused_at IS NULL FOR NO KEY UPDATE"""
+        self.count_running: Final = f"""
+SELECT count(*) FROM {s}.deliveries d
+WHERE d.status = 'running' AND d.channel = $1::text AND d.consumer_group = $2::text"""
+        # Those of the groups that are limited: $1 channel, $2 groups.
+        self.limited_groups: Final = f"""
+SELECT g.consumer_group FROM {s}.consumer_groups g
+WHERE g.channel = $1::text AND g.consumer_group = ANY ($2::text[]) AND g.max_running IS NOT NULL"""
         # Whether such a delivery is due: $1 channel, $2 groups. It has an index of its own.
         self.suspects: Final = f"""
 SELECT EXISTS (SELECT FROM {s}.deliveries d JOIN {s}.consumer_groups g USING (channel, consumer_group)
   WHERE d.status = 'pending' AND d.lost > 0 AND d.channel = $1::text AND d.consumer_group = ANY ($2::text[])
-    AND d.due_at <= now() AND g.paused_at IS NULL)"""
+    AND d.due_at <= now() AND g.paused_at IS NULL AND {may_run_more})"""
 
         # Which of the leases still have their fence: $1 to $4 as in `held`. What `held` skipped is theirs, and locked.
         self.still_held: Final = f"""
@@ -226,11 +247,13 @@ SELECT consumer_group, type FROM t LIMIT 10000"""
         self.adopt: Final = f"""
 WITH due AS MATERIALIZED (
   SELECT d.ctid AS place, d.event_id,
-         CASE WHEN d.key IS NOT NULL THEN 'blocked' WHEN d.due_at > now() OR d.lost > 0 THEN 'pending'
+         CASE WHEN d.key IS NOT NULL THEN 'blocked' WHEN d.due_at > now() OR d.lost > 0 OR g.waits THEN 'pending'
               ELSE 'running' END AS status
-  FROM {s}.deliveries d
+  FROM {s}.deliveries d, (
+    SELECT coalesce(bool_or(g.max_running IS NOT NULL OR g.paused_at IS NOT NULL), false) AS waits
+    FROM {s}.consumer_groups g WHERE g.channel = $2::text AND g.consumer_group = $3::text) g
   WHERE d.status = 'unhandled' AND d.channel = $2::text AND d.consumer_group = $3::text AND d.type = $4::text
-  ORDER BY d.event_id LIMIT $5::integer FOR UPDATE SKIP LOCKED
+  ORDER BY d.event_id LIMIT $5::integer FOR UPDATE OF d SKIP LOCKED
 )
 UPDATE {s}.deliveries d
 SET status = due.status,
@@ -251,6 +274,7 @@ SELECT extract(epoch FROM clock_timestamp())::double precision AS clock, extract
       AND d.priority = p.level
     ORDER BY d.due_at LIMIT 1) n
   WHERE g.channel = $1::text AND g.consumer_group = ANY ($2::text[]) AND g.paused_at IS NULL
+    AND {may_run_more}
 ))::double precision AS due"""
 
         # Keys whose head finished unseen by the transaction that inserted the next one. A skip scan over the waiting.
@@ -337,13 +361,77 @@ SELECT EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.locktype = 'advisory' A
         self.sign_off: Final = f"""
 UPDATE {s}.workers SET ended_at = clock_timestamp(), idle = false WHERE id = $1::bigint AND ended_at IS NULL"""
 
-        self.ensure_group: Final = f"""
+        # $1 channel, $2 groups.
+        self.ensure_groups: Final = f"""
 INSERT INTO {s}.consumer_groups (channel, consumer_group) SELECT $1::text, unnest($2::text[]) ON CONFLICT DO NOTHING"""
-        # "From now": what was published before has a delivery already, as `unhandled`, and is adopted.
+        # What was declared of them, where it is another: $1 channel, $2 groups, $3 max_running, $4 dead_holds_key.
+        self.configure_groups: Final = f"""
+UPDATE {s}.consumer_groups g
+SET max_running = coalesce(u.max_running, g.max_running), dead_holds_key = coalesce(u.dead_holds_key, g.dead_holds_key)
+FROM unnest($2::text[], $3::integer[], $4::boolean[]) u(consumer_group, max_running, dead_holds_key)
+WHERE g.channel = $1::text AND g.consumer_group = u.consumer_group
+  AND (u.max_running <> g.max_running OR u.max_running IS NOT NULL AND g.max_running IS NULL
+       OR u.dead_holds_key <> g.dead_holds_key)"""
+        # New patterns: $1 channel, $2 groups, $3 patterns, $4 "now", "beginning" or a moment, $5 our schema. What is
+        # inserted from now on has ids above the last that was given out. The trigger serves everybody whose snapshot is
+        # newer than this; the others are served by the backfill.
         self.subscribe: Final = f"""
-INSERT INTO {s}.subscriptions (channel, consumer_group, pattern, backfilled_at)
-SELECT $1::text, u.consumer_group, u.pattern, now() FROM unnest($2::text[], $3::text[]) u(consumer_group, pattern)
-ON CONFLICT DO NOTHING"""
+WITH fresh AS MATERIALIZED (
+  SELECT u.consumer_group, u.pattern, u.start FROM unnest($2::text[], $3::text[], $4::text[])
+    u(consumer_group, pattern, start)
+  WHERE NOT EXISTS (SELECT FROM {s}.subscriptions k WHERE k.channel = $1::text
+                    AND k.consumer_group = u.consumer_group AND k.pattern = u.pattern)
+)
+INSERT INTO {s}.subscriptions (channel, consumer_group, pattern, since_event_id)
+SELECT $1::text, f.consumer_group, f.pattern, CASE f.start WHEN 'beginning' THEN 0
+  WHEN 'now' THEN coalesce(pg_sequence_last_value(pg_get_serial_sequence(quote_ident($5::text) || '.events', 'id')), 0)
+  ELSE (SELECT coalesce(max(e.id), 0) FROM {s}.events e WHERE e.created_at < f.start::timestamptz) END
+FROM fresh f ON CONFLICT DO NOTHING"""
+        # Patterns that are still to be backfilled: $1 channel.
+        self.backfills: Final = f"""
+SELECT k.consumer_group, k.pattern, k.since_event_id FROM {s}.subscriptions k
+WHERE k.channel = $1::text AND k.backfilled_at IS NULL ORDER BY k.consumer_group, k.pattern LIMIT 1000"""
+        # Who is in a transaction now, prepared ones included: whose snapshot may be older than a subscription. Of other
+        # roles' processes the kind is not shown, so what is not known to be a vacuum counts.
+        self.in_flight: Final = """
+SELECT l.virtualtransaction AS who FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a USING (pid)
+WHERE l.locktype = 'virtualxid' AND l.granted AND a.datname = current_database() AND l.pid <> pg_backend_pid()
+  AND a.backend_type IS DISTINCT FROM 'autovacuum worker'
+UNION ALL SELECT p.gid FROM pg_catalog.pg_prepared_xacts p WHERE p.database = current_database()"""
+        self.last_event_id: Final = f"SELECT coalesce(max(e.id), 0) FROM {s}.events e"
+        # $1 channel, $2 group, $3 pattern, $4 above this id, $5 up to this one, $6 how many events to look at. An event
+        # is locked, so that it cannot be pruned meanwhile. What was unhandled, because nobody wanted it, is not any
+        # more, now that somebody does.
+        self.backfill: Final = f"""
+WITH mine AS MATERIALIZED (
+  SELECT k.pattern, k.prefix, k.regex FROM {s}.subscriptions k
+  WHERE k.channel = $1::text AND k.consumer_group = $2::text AND k.pattern = $3::text
+), looked AS MATERIALIZED (
+  SELECT e.id FROM {s}.events e WHERE e.id > $4::bigint AND e.id <= $5::bigint ORDER BY e.id LIMIT $6::integer
+), found AS MATERIALIZED (
+  SELECT e.id, e.run_at, e.priority, e.channel, e.type, e.key FROM looked JOIN {s}.events e USING (id)
+  WHERE e.channel = $1 AND (SELECT true FROM mine k WHERE k.pattern = e.type
+    OR (starts_with(e.type || '.', k.prefix) AND (k.regex IS NULL OR e.type || '.' ~ k.regex)))
+  ORDER BY e.id FOR KEY SHARE OF e
+), made AS (
+  INSERT INTO {s}.deliveries (event_id, due_at, priority, channel, consumer_group, type, key, status)
+  SELECT f.id, f.run_at, f.priority, f.channel, $2, f.type, f.key,
+         CASE WHEN f.key IS NULL THEN 'pending' ELSE 'blocked' END
+  FROM found f ON CONFLICT DO NOTHING RETURNING event_id
+), wanted AS (
+  DELETE FROM {s}.deliveries d USING made
+  WHERE d.event_id = made.event_id AND $2 <> 'default' AND d.consumer_group = 'default' AND d.status = 'unhandled'
+    AND NOT EXISTS (SELECT FROM {s}.subscriptions o WHERE o.channel = d.channel AND o.consumer_group = 'default'
+      AND (o.pattern = d.type
+           OR (starts_with(d.type || '.', o.prefix) AND (o.regex IS NULL OR d.type || '.' ~ o.regex))))
+), told AS MATERIALIZED (
+  SELECT pg_notify($1, '') WHERE EXISTS (SELECT FROM made)
+)
+SELECT (SELECT count(*) FROM made) AS made, (SELECT max(id) FROM looked) AS reached,
+       (SELECT count(*) FROM told) AS told"""
+        self.backfilled: Final = f"""
+UPDATE {s}.subscriptions k SET backfilled_at = now()
+WHERE k.channel = $1::text AND k.consumer_group = $2::text AND k.pattern = $3::text"""
 
         # Events that every group has finished long enough ago: $1 seconds, $2 limit. Deliveries go with them. A dead
         # or unfinished delivery keeps its event.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple
 
 import asyncpg
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -21,6 +21,7 @@ from pgebus._runtime.leases import Fence, Lease
 from pgebus._runtime.outcome import Failure
 from pgebus._runtime.statements import Statements
 from pgebus._runtime.supervision import DATABASE_ERRORS
+from pgebus.groups import Group
 
 # Far above what any of our statements takes, far below what a person would wait for.
 ANSWER_SECONDS: Final = 15.0
@@ -48,6 +49,20 @@ class Line:
                 async with asyncio.timeout(self._within):
                     raw = self._raw if self._raw is not None else await self._connect()
                     return await raw.fetch(sql, *args)
+            except BaseException as error:
+                if not isinstance(error, asyncpg.PostgresError) or is_disconnect(error):
+                    await self._drop()
+                raise
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Callable[..., Awaitable[list[asyncpg.Record]]]]:
+        """Run several statements in one transaction; yields what fetches. Committed at the end of the block."""
+        async with self._lock:
+            try:
+                async with asyncio.timeout(self._within):
+                    raw = self._raw if self._raw is not None else await self._connect()
+                    async with raw.transaction(isolation="read_committed"):
+                        yield raw.fetch
             except BaseException as error:
                 if not isinstance(error, asyncpg.PostgresError) or is_disconnect(error):
                     await self._drop()
@@ -98,6 +113,14 @@ async def _discard(connection: AsyncConnection) -> None:
         await connection.close()
 
 
+class Backfill(NamedTuple):
+    """A pattern that is new, and above which id its events begin."""
+
+    group: str
+    pattern: str
+    since: int
+
+
 class Store:
     """The verbs of the running machine, as calls on one line.
 
@@ -129,6 +152,26 @@ class Store:
         rows = await self._line.fetch(self._claiming().claim, worker_id, self._channel, list(groups), limit)
         rows.sort(key=lambda row: (row["lane"], row["due"], row["event_id"]))
         return [Lease.from_row(row, worker_id) for row in rows]
+
+    async def claim_limited(self, worker_id: int, group: str, limit: int, *, suspect: bool = False) -> list[Lease]:
+        """Claim up to *limit* due deliveries of a limited group, as far as all workers together may run them."""
+        sql = self._claiming()
+        claim = sql.claim_limited_suspect if suspect else sql.claim_limited
+        async with self._line.transaction() as fetch:
+            rows = await fetch(sql.lock_group, self._channel, group)
+            if not rows:
+                return []
+            if (most := rows[0]["max_running"]) is not None:
+                running = (await fetch(sql.count_running, self._channel, group))[0]["count"]
+                limit = min(limit, most - running)
+            rows = await fetch(claim, worker_id, self._channel, [group], limit) if limit > 0 else []
+        rows.sort(key=lambda row: (row["lane"], row["due"], row["event_id"]))
+        return [Lease.from_row(row, worker_id) for row in rows]
+
+    async def limited_groups(self, groups: Sequence[str]) -> frozenset[str]:
+        """Return those of *groups* that may run only so many deliveries at once."""
+        rows = await self._line.fetch(self._sql.limited_groups, self._channel, list(groups))
+        return frozenset(row["consumer_group"] for row in rows)
 
     async def claim_suspect(self, worker_id: int, groups: Sequence[str]) -> list[Lease]:
         """Claim one due delivery in whose hands a worker died, if there is one."""
@@ -213,12 +256,45 @@ class Store:
         """Say that this worker has ended."""
         await self._line.fetch(self._sql.sign_off, worker_id)
 
-    async def subscribe(self, patterns: Sequence[tuple[str, str]]) -> None:
-        """Write (group, pattern) pairs; what is there already stays as it is."""
-        groups = sorted({group for group, _ in patterns})
-        await self._line.fetch(self._sql.ensure_group, self._channel, groups)
+    async def declare_groups(self, groups: Sequence[Group], *, configure: bool) -> None:
+        """Write *groups*; what was declared of those that are there already only if *configure* says so."""
+        names = [group.name for group in groups]
+        await self._line.fetch(self._sql.ensure_groups, self._channel, names)
+        if configure:
+            most, holding = [group.max_running for group in groups], [group.dead_holds_key for group in groups]
+            await self._line.fetch(self._sql.configure_groups, self._channel, names, most, holding)
+
+    async def subscribe(self, patterns: Sequence[tuple[str, str, str]]) -> None:
+        """Write (group, pattern, start) triples; what is there already stays as it is."""
         ordered = sorted(set(patterns))
-        await self._line.fetch(self._sql.subscribe, self._channel, [g for g, _ in ordered], [p for _, p in ordered])
+        columns = [list(column) for column in zip(*ordered, strict=True)]
+        await self._line.fetch(self._sql.subscribe, self._channel, *columns, self._sql.schema)
+
+    async def backfills(self) -> list[Backfill]:
+        """Return the patterns that have not got their earlier events yet."""
+        rows = await self._line.fetch(self._sql.backfills, self._channel)
+        return [Backfill(row["consumer_group"], row["pattern"], row["since_event_id"]) for row in rows]
+
+    async def in_flight(self) -> frozenset[str]:
+        """Return who is in a transaction now."""
+        return frozenset(row["who"] for row in await self._line.fetch(self._sql.in_flight))
+
+    async def last_event_id(self) -> int:
+        """Return the highest id of an event that is there."""
+        return int(await self._line.value(self._sql.last_event_id))
+
+    async def backfill(self, what: Backfill, above: int, up_to: int, limit: int) -> tuple[int, int | None]:
+        """Make the deliveries that up to *limit* events above an id lack.
+
+        Returns:
+            How many deliveries, and the id of the last event that was looked at; None when there was none.
+        """
+        rows = await self._line.fetch(self._sql.backfill, self._channel, *what[:2], above, up_to, limit)
+        return rows[0]["made"], rows[0]["reached"]
+
+    async def backfilled(self, what: Backfill) -> None:
+        """Say that a pattern has got its earlier events."""
+        await self._line.fetch(self._sql.backfilled, self._channel, what.group, what.pattern)
 
     async def sweep(self) -> int:
         """Promote keys that lost their head unseen; return on how many channels."""
