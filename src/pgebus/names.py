@@ -100,10 +100,9 @@ def check_priority(value: object) -> int:
     """
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LOWEST_PRIORITY:
         return int(value)
-    shown = value if isinstance(value, int) else f"of type {type(value).__name__[:80]}"
-    raise InvalidPriorityError(
-        f"Priority {shown!s:.80} is no whole number from 0, handled first, to {LOWEST_PRIORITY}."
-    )
+    # Not every int can be printed, and no priority of another type is ours to print.
+    shown = f"{value} " if isinstance(value, int) and abs(value) < 2**63 else ""
+    raise InvalidPriorityError(f"Priority {shown}is no whole number from 0, handled first, to {LOWEST_PRIORITY}.")
 
 
 def check_schema(value: object) -> str:

@@ -148,7 +148,7 @@ async def test_a_new_group_starts_where_it_says(
 
 
 @asynccontextmanager
-async def publishing(sql: Sql, level: str) -> AsyncIterator[None]:
+async def publishing(sql: Sql, level: Any) -> AsyncIterator[None]:
     """A publisher whose snapshot is older than what happens in the block, and who inserts at its end."""
     transaction = sql.transaction(isolation=level)
     await transaction.start()
@@ -192,7 +192,7 @@ async def test_concurrent_publishers_at_both_levels_lose_and_double_nothing(
     after: list[int] = []
     subscribed = asyncio.Event()
 
-    async def keep_publishing(connection: asyncpg.Connection[asyncpg.Record], level: str) -> None:
+    async def keep_publishing(connection: asyncpg.Connection[asyncpg.Record], level: Any) -> None:
         while going:
             async with connection.transaction(isolation=level):
                 began_after = subscribed.is_set()
