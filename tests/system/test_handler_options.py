@@ -1,17 +1,19 @@
-"""What a handler may ask for: a type for its payload, a thread, a time limit, a policy; and what it publishes itself."""
+"""What a handler may ask for: a type for its payload, a thread, a time limit, a policy; and what it publishes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import json
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypedDict
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
 from sqlalchemy import text
+from typing_extensions import TypedDict
 
 from pgebus import (
     DatabaseSessionManager,
@@ -21,6 +23,7 @@ from pgebus import (
     InvalidHandlerError,
     Retry,
     RetryPolicy,
+    publish_event,
 )
 from tests.system.bus import Sql, delivery, finished, publish, running
 
@@ -70,8 +73,6 @@ async def test_a_payload_comes_as_what_the_handler_takes(
         ):
             await finished(sql, await publish(sm, event_type, payload))
         async with sm.session() as session:
-            from pgebus import publish_event
-
             for made in (Placed(order_id=8), Paid(3.5)):
                 event_type = type(made).__name__.lower()
                 await publish_event(session, event_type, made, "events")
@@ -227,17 +228,13 @@ async def test_what_a_handler_publishes_says_what_caused_it(
     async with running(router, database):
         root = await publish(sm, "first", headers={**trace, "secret": 1})
         await finished(sql, root, root + 1)
-    rows = await sql.fetch(
-        "SELECT id, type, channel, headers::jsonb - 'mine' AS headers, key FROM pgebus.events ORDER BY id"
-    )
+    rows = await sql.fetch("SELECT type, channel, headers - 'mine' AS headers, key FROM pgebus.events ORDER BY id")
     # In a transaction the first attempt has published nothing; without one it has, and does so again.
     assert [(row["type"], row["channel"], row["key"]) for row in rows] == [
         ("first", "events", None),
         ("second", "events", "k"),
         *[("third", "elsewhere", None)] * (1 if transactional else 2),
     ]
-    import json
-
     assert json.loads(rows[1]["headers"]) == {"correlation_id": str(root), "causation_id": str(root), **trace}
     for row in rows[2:]:
         assert json.loads(row["headers"]) == {"correlation_id": str(root), "causation_id": str(root + 1), **trace}
