@@ -296,6 +296,8 @@ class Subscription(Base):
     since_event_id: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     backfilled_at: Mapped[datetime | None] = mapped_column(_MOMENT)
     created_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=_NOW)
+    # When a running process last said that it has a handler for it; renewed about once a minute.
+    declared_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=_NOW)
 
 
 class Worker(Base):

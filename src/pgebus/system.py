@@ -88,6 +88,11 @@ class EventSystem:
         self._claimer: Claimer | None = None
         self._loops = {name: LoopHealth(name) for name in ("listen", "claim", "acknowledge", "maintain")}
 
+    @property
+    def router(self) -> EventRouter:
+        """The handlers."""
+        return self._router
+
     async def start(self) -> None:
         """Start in the background; return when events are being handled.
 

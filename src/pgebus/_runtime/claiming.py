@@ -236,8 +236,8 @@ class Claimer:
         claimed = 0
         for group in tuple(self._turns):
             left = room - claimed
-            if group is not None and group in self._here:
-                left = min(left, self._here[group] - self._holdings.of_group(group))
+            if group is not None:
+                left = self._room_here(group, left)
             if left <= 0:
                 continue
             if group is None:
@@ -249,6 +249,11 @@ class Claimer:
             self._take(leases)
             claimed += len(leases)
         return claimed
+
+    def _room_here(self, group: str, room: int) -> int:
+        """Return how many deliveries of *group* this process may take, of *room*."""
+        most = self._here.get(group)
+        return room if most is None else min(room, most - self._holdings.of_group(group))
 
     async def _plan_next_look(self, *, looking: bool) -> float:
         """Return the seconds until the next look that nothing asked for."""
@@ -379,7 +384,7 @@ class Claimer:
             if room <= 0:
                 adopted += 1  # more is there, once there is room
                 break
-            most = min(room, ADOPT_LIMIT, self._here.get(group, room) - self._holdings.of_group(group))
+            most = min(room, ADOPT_LIMIT, self._room_here(group, room))
             if most <= 0:
                 continue
             taken, leases = await self._store.adopt(worker_id, group, event_type, most)

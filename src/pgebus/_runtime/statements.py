@@ -387,6 +387,12 @@ SELECT $1::text, f.consumer_group, f.pattern, CASE f.start WHEN 'beginning' THEN
   WHEN 'now' THEN coalesce(pg_sequence_last_value(pg_get_serial_sequence(quote_ident($5::text) || '.events', 'id')), 0)
   ELSE (SELECT coalesce(max(e.id), 0) FROM {s}.events e WHERE e.created_at < f.start::timestamptz) END
 FROM fresh f ON CONFLICT DO NOTHING"""
+        # That a running process still has them, about once a minute: $1 channel, $2 groups, $3 patterns.
+        self.declare: Final = f"""
+UPDATE {s}.subscriptions k SET declared_at = now()
+FROM unnest($2::text[], $3::text[]) u(consumer_group, pattern)
+WHERE k.channel = $1::text AND k.consumer_group = u.consumer_group AND k.pattern = u.pattern
+  AND k.declared_at < now() - interval '1 minute'"""
         # Patterns that are still to be backfilled: $1 channel.
         self.backfills: Final = f"""
 SELECT k.consumer_group, k.pattern, k.since_event_id FROM {s}.subscriptions k

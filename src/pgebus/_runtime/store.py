@@ -269,6 +269,7 @@ class Store:
         ordered = sorted(set(patterns))
         columns = [list(column) for column in zip(*ordered, strict=True)]
         await self._line.fetch(self._sql.subscribe, self._channel, *columns, self._sql.schema)
+        await self._line.fetch(self._sql.declare, self._channel, *columns[:2])
 
     async def backfills(self) -> list[Backfill]:
         """Return the patterns that have not got their earlier events yet."""

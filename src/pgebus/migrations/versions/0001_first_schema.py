@@ -67,6 +67,7 @@ CREATE TABLE {schema}.subscriptions (
   since_event_id bigint NOT NULL DEFAULT 0,
   backfilled_at timestamptz,
   created_at timestamptz NOT NULL DEFAULT now(),
+  declared_at timestamptz NOT NULL DEFAULT now(),
   CONSTRAINT ck_subscriptions_pattern CHECK (octet_length(pattern) <= 255
     AND pattern ~ '^([A-Za-z0-9_-]+|[*]|#)(\\.([A-Za-z0-9_-]+|[*]|#))*$'),
   CONSTRAINT pk_subscriptions PRIMARY KEY (channel, consumer_group, pattern),

@@ -1,0 +1,240 @@
+"""`pgebus groups`, `pgebus blocked` and `pgebus routes`: who gets which events, and what holds them up.
+
+The work is that of `pgebus.operations` and of the router; here it is shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Annotated, Any, Final, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from pgebus import ConfigurationError, DatabaseSessionManager, EventRouter, EventSystem, Settings, operations
+from pgebus.cli.messages import database_errors_as_messages
+from pgebus.names import check_event_type
+
+_T = TypeVar("_T")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON.")]
+Channel = Annotated[
+    str | None, typer.Option(help="Only of this channel; that of the settings where one is needed.", show_default=False)
+]
+Group = Annotated[str, typer.Argument(help="The consumer group.", show_default=False)]
+
+app: Final = typer.Typer(invoke_without_command=True, no_args_is_help=False, help="List the consumer groups; or act.")
+
+
+def run(what: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
+    """Do *what* in a session on the database of the settings, and commit."""
+    database = Settings().database
+
+    async def work() -> _T:
+        async with DatabaseSessionManager(database) as manager, manager.session() as session:
+            done = await what(session)
+            await session.commit()
+            return done
+
+    with database_errors_as_messages(database):
+        return asyncio.run(work())
+
+
+@app.callback()
+def groups(context: typer.Context, channel: Channel = None, as_json: AsJson = False) -> None:
+    """List the consumer groups with their patterns and deliveries, or act on one.
+
+    A pattern in brackets was declared by no running process lately. Where
+    to look: as for `pgebus migrate`.
+    """
+    if context.invoked_subcommand is not None:
+        return None
+    found = run(lambda session: operations.list_groups(session, channel))
+    if as_json:
+        return _write([asdict(each) for each in found])
+    if not found:
+        return typer.echo("There are no consumer groups: no worker has started yet.")
+    _table(
+        ["channel", "group", "patterns", "state", "workers", "pending", "blocked", "running", "dead", "unhandled"],
+        [
+            (
+                each.channel,
+                each.group,
+                " ".join(f"[{one}]" if one in each.forgotten else one for one in each.patterns) or "-",
+                _state(each),
+                each.workers,
+                each.pending,
+                each.blocked,
+                each.running,
+                each.dead,
+                each.unhandled,
+            )
+            for each in found
+        ],
+    )
+    return None
+
+
+def _state(group: operations.GroupState) -> str:
+    limit = f", at most {group.max_running}" if group.max_running else ""
+    return (f"paused since {_moment(group.paused_at)}" if group.paused_at else "active") + limit
+
+
+@app.command()
+def pause(group: Group, channel: Channel = None) -> None:
+    """Let a group claim nothing more until it is resumed; what runs goes on."""
+    changed = run(lambda session: operations.pause_group(session, group, _channel(channel)))
+    typer.echo(f"Group {group!r} is paused." if changed else f"Group {group!r} was paused already.")
+
+
+@app.command()
+def resume(group: Group, channel: Channel = None) -> None:
+    """Let a paused group claim again."""
+    changed = run(lambda session: operations.resume_group(session, group, _channel(channel)))
+    typer.echo(f"Group {group!r} is resumed." if changed else f"Group {group!r} was not paused.")
+
+
+@app.command()
+def limit(
+    group: Group,
+    max_running: Annotated[int, typer.Argument(help="How many deliveries at once; 0 lifts the limit.")],
+    channel: Channel = None,
+) -> None:
+    """Limit how many deliveries of a group run at once, over all workers."""
+    most = max_running or None
+    run(lambda session: operations.limit_group(session, group, most, _channel(channel)))
+    typer.echo(f"Group {group!r} runs {'without a limit' if most is None else f'at most {most} at once'}.")
+
+
+@app.command()
+def remove(
+    group: Group,
+    pattern: Annotated[str | None, typer.Option(help="Remove this pattern alone.", show_default=False)] = None,
+    channel: Channel = None,
+) -> None:
+    """Remove a group that no running worker serves, and cancel its deliveries."""
+    if pattern is not None:
+        removed = run(lambda session: operations.remove_pattern(session, group, pattern, _channel(channel)))
+        typer.echo(f"Pattern {pattern!r} of group {group!r} {'is removed' if removed else 'was not there'}.")
+        return
+    count = run(lambda session: operations.remove_group(session, group, _channel(channel)))
+    typer.echo(f"Group {group!r} is removed; deliveries cancelled: {count}.")
+
+
+def blocked(
+    channel: Channel = None,
+    group: Annotated[str | None, typer.Option(help="Only of this consumer group.", show_default=False)] = None,
+    limit: Annotated[int, typer.Option(help="How many keys, at most.", min=1)] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Say which keys wait, for which event, and since when."""
+    found = run(lambda session: operations.blocked_keys(session, channel, group, limit))
+    if as_json:
+        return _write([asdict(each) for each in found])
+    if not found:
+        return typer.echo("No key waits.")
+    _table(
+        ["channel", "group", "key", "waiting", "for event", "which is", "since"],
+        [
+            (
+                each.channel,
+                each.group,
+                each.key,
+                each.waiting,
+                each.head or "-",
+                each.status or "nothing: the next sweep lets the first one in",
+                _moment(each.since),
+            )
+            for each in found
+        ],
+    )
+    return None
+
+
+def routes(
+    where: Annotated[str, typer.Argument(help="Of a router or a system: package.module:name.", show_default=False)],
+    event_type: Annotated[
+        str | None, typer.Argument(help="Only what gets this event type.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which handlers get an event type, in which group, and by which path.
+
+    Imports the program; asks no database.
+    """
+    router = _found(where)
+    found = router.routes() if event_type is None else tuple(router.matching(check_event_type(event_type)))
+    rows = [
+        {
+            "group": route.handler.group,
+            "path": route.pattern,
+            "handler": route.handler.name,
+            "transactional": route.handler.transactional,
+        }
+        for route in found
+    ]
+    if as_json:
+        return _write(rows)
+    if not rows:
+        whom = "no handler" if event_type is None else f"no handler of {event_type!r}, which waits as unhandled"
+        return typer.echo(f"{where} has {whom}.")
+    _table(
+        ["group", "path", "handler", "in a transaction"],
+        [(row["group"], row["path"], row["handler"], "yes" if row["transactional"] else "no") for row in rows],
+    )
+    return None
+
+
+def _found(where: str) -> EventRouter:
+    """Return the router that is meant.
+
+    Raises:
+        ConfigurationError: If there is none.
+    """
+    module, separator, name = where.partition(":")
+    if not (module and separator and name):
+        raise ConfigurationError(f"{where!r} names no router. Write package.module:name, like shop.worker:system.")
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - as `python -m` does
+    try:
+        value: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigurationError(f"There is no module {module!r}.") from error
+    for part in name.split("."):
+        if not hasattr(value, part):
+            raise ConfigurationError(f"{module!r} has no {name!r}.")
+        value = getattr(value, part)
+    value = value.router if isinstance(value, EventSystem) else value
+    if not isinstance(value, EventRouter):
+        raise ConfigurationError(f"{where!r} is neither an EventRouter nor an EventSystem.")
+    return value
+
+
+def _channel(channel: str | None) -> str:
+    return Settings().event_system.channel if channel is None else channel
+
+
+def _moment(moment: datetime | None) -> str:
+    return "-" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"
+
+
+def _write(found: Sequence[dict[str, Any]]) -> None:
+    typer.echo(json.dumps(found, indent=2, default=lambda value: value.isoformat()))
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    table = Table(*titles, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    # Piped into a file or another program, a line is as long as it has to be.
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000).print(table)
