@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["setup"]
 
 _VERSIONS = Path(__file__).with_name("pgebus") / "migrations" / "versions"
-_OF_OTHERS = re.compile(r"^revision\b[^=\n]*=\s*['\"](?!pgebus_)", re.MULTILINE)
+_OF_OTHERS = re.compile(r"^revision\b[^=\n]*=\s*['\"](?!pgebus_\d{4}['\"])", re.MULTILINE)
 
 
 class _Iterable(ModuleType):
@@ -46,7 +46,7 @@ def setup(plugin: Plugin) -> None:
 
 
 def strays(versions: Path = _VERSIONS) -> list[Path]:
-    """Return the revisions among ours that are not ours: the ids of all of ours begin with `pgebus_`."""
+    """Return the revisions among ours that are not ours: the ids of ours are `pgebus_` and four digits."""
     return [file for file in sorted(versions.glob("*.py")) if _OF_OTHERS.search(file.read_text(encoding="utf-8"))]
 
 

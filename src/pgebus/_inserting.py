@@ -9,16 +9,20 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, Final
 
-from sqlalchemy import Column, Connection, TwoPhaseTransaction, insert, inspect, select
+from sqlalchemy import ClauseElement, Column, Connection, TwoPhaseTransaction, insert, inspect, select
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.event import listens_for
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
-from sqlalchemy.orm import Session, make_transient_to_detached
+from sqlalchemy.orm import Mapper, Session, make_transient_to_detached, object_session
 from sqlalchemy.orm.attributes import set_committed_value
 
+from pgebus._guard import DispatchSession
 from pgebus.errors import TWO_PHASE, PublishError, RetryTransactionError, SessionStateError
 from pgebus.inheritance import family, loaded_columns
 from pgebus.models import Event
 
+# In the session's info, while one of our functions flushes it.
+_PUBLISHING: Final = "pgebus.publishing"
 _SERIALIZATION_FAILURE: Final = "40001"
 _TRIES: Final = 5
 # What only the server can know about a transaction: it refuses every INSERT.
@@ -56,8 +60,7 @@ def insert_events(into: Session | Connection, events: Sequence[Event]) -> list[E
                 _insert(into, [(event, row or {}) for event, row in batch])
                 published += [event for event, _ in batch]
             else:
-                into.add_all(event for event, _ in batch)
-                into.flush()
+                _flush(into, [event for event, _ in batch])
                 published += [event for event, _ in batch]
     except DBAPIError as error:
         refusal = _REFUSED_STATES.get(_sqlstate(error) or "")
@@ -90,24 +93,70 @@ def _check(into: Session | Connection) -> None:
         if type(into).get_bind is Session.get_bind:
             # It is the one that the flush would take. Nothing is sent yet, not even BEGIN.
             _check_connection(into.connection(bind_arguments={"mapper": Event}))
+        if into._flushing:
+            raise SessionStateError(
+                "The session is being flushed, and cannot be flushed again inside. In a before_flush hook use "
+                "session.add(); in hooks like after_insert publish on the connection that they are given."
+            )
     except InvalidRequestError as error:
         raise SessionStateError(f"The session cannot be used to publish now: {error}") from error
 
 
+def _flush(session: Session, events: Sequence[Event]) -> None:
+    """Add *events* and flush the session; when that fails, what was added is taken back."""
+    new = [event for event in events if event not in session]
+    session.info[_PUBLISHING] = True
+    try:
+        session.add_all(events)
+        session.flush()
+        for event in events:
+            # What the flush could not know, such as the value of an SQL expression.
+            if unknown := inspect(event).expired_attributes & _columns_of(type(event)):
+                session.refresh(event, sorted(unknown))
+    except BaseException:
+        for event in new:
+            if event in session.new:
+                session.expunge(event)
+        raise
+    finally:
+        session.info.pop(_PUBLISHING, None)
+
+
+@listens_for(Event, "before_insert", propagate=True)
+def _check_connection_of_the_flush(_mapper: Mapper[Event], connection: Connection, target: Event) -> None:
+    """Look at the connection that a session has chosen itself, which could not be asked before."""
+    session = object_session(target)
+    if session is not None and session.info.get(_PUBLISHING) and not isinstance(session, DispatchSession):
+        _check_connection(connection)
+
+
 def _insert(connection: Connection, prepared: Sequence[tuple[Event, dict[str, Any]]]) -> None:
     """Do what a flush does, as far as it can be done without a session."""
-    # One statement for each run of events that name the same columns: events keep their order.
-    for (cls, columns), group in groupby(prepared, key=lambda each: (type(each[0]), tuple(each[1]))):
+    returned: list[tuple[Event, Sequence[tuple[str, Column[Any]]], Sequence[Any]]] = []
+    # One statement for each run of events that name the same columns: events keep their order. An SQL expression can
+    # only be given to a statement with a single row, and its value has to be asked for.
+    for (cls, given, alone), group in groupby(prepared, key=_kind):
         run = list(group)
-        missing = _missing(cls, columns)
+        missing = _missing(cls, given)
         statement = insert(family.table).returning(
             *(column for _, column in missing), sort_by_parameter_order=len(run) > 1
         )
         rows = [row for _, row in run]
-        # values(): a single row may hold SQL expressions.
-        result = connection.execute(statement, rows) if len(rows) > 1 else connection.execute(statement.values(rows[0]))
-        for (event, _), values in zip(run, result.all(), strict=True):
-            _fill(event, missing, values)
+        if len(rows) > 1 and alone is None:
+            results = connection.execute(statement, rows).all()
+        else:
+            results = [connection.execute(statement.values(row)).one() for row in rows]
+        returned += [(event, missing, values) for (event, _), values in zip(run, results, strict=True)]
+    # Only when all of it has worked: else the events could not be published again.
+    for event, columns, values in returned:
+        _fill(event, columns, values)
+
+
+def _kind(prepared: tuple[Event, dict[str, Any]]) -> tuple[type[Event], tuple[str, ...], int | None]:
+    """Return what events have in common that are inserted by one statement."""
+    event, row = prepared
+    expressions = [name for name, value in row.items() if isinstance(value, ClauseElement)]
+    return type(event), tuple(name for name in row if name not in expressions), id(event) if expressions else None
 
 
 def _insert_once(into: Session | Connection, event: Event, row: dict[str, Any]) -> Event:
@@ -116,7 +165,8 @@ def _insert_once(into: Session | Connection, event: Event, row: dict[str, Any]) 
         if event in into:
             into.expunge(event)
         into.flush()  # what else is pending comes before it
-    missing = _missing(type(event), tuple(row))
+    _, given, _ = _kind((event, row))
+    missing = _missing(type(event), given)
     statement = (
         postgresql.insert(family.table)
         .values(row)
@@ -168,6 +218,10 @@ def _load(into: Session | Connection, statement: Any) -> Event | None:
     loaded: Event | None = session.scalars(statement).one_or_none()
     session.expunge_all()
     return loaded
+
+
+def _columns_of(cls: type[Event]) -> set[str]:
+    return {key for key, _ in loaded_columns(inspect(cls, raiseerr=True))}
 
 
 def _missing(cls: type[Event], columns: Sequence[str]) -> list[tuple[str, Column[Any]]]:

@@ -227,12 +227,28 @@ family.found(Event)
 event.listen(Event, "init", fill_type, propagate=True)
 
 
+def check_class(target: Event) -> None:
+    """Refuse an event whose type belongs to another class: it would be loaded as that one.
+
+    Raises:
+        InvalidEventTypeError: If so.
+    """
+    loaded_as = family.class_of(target.type)
+    if type(target) is not loaded_as and loaded_as.__event_type__ is not None:
+        raise InvalidEventTypeError(
+            f"An event of type {target.type!r} is loaded as {loaded_as.__qualname__}, and this one is "
+            f"{type(target).__qualname__}. Make it {loaded_as.__qualname__}(…).",
+            value=target.type,
+        )
+
+
 @event.listens_for(Event, "before_insert", propagate=True)
 def _refuse_without_type(_mapper: Mapper[Event], _connection: Connection, target: Event) -> None:
     if target.type is None:
         raise InvalidEventTypeError(
             "An event without a type was added. Write Event(type='order.placed', …).", value=None
         )
+    check_class(target)
 
 
 @event.listens_for(Event, "before_insert", propagate=True)

@@ -18,9 +18,9 @@ from sqlalchemy.orm import Session, scoped_session
 
 from pgebus._guard import DispatchSession
 from pgebus._inserting import insert_events
-from pgebus.errors import PublishError, SessionStateError, SessionTypeError
+from pgebus.errors import InvalidEventTypeError, PublishError, SessionStateError, SessionTypeError
 from pgebus.inheritance import family
-from pgebus.models import Event
+from pgebus.models import Event, check_class
 from pgebus.names import check_event_type
 from pgebus.payloads import check_headers
 from pgebus.session import GuardedSession
@@ -142,7 +142,7 @@ async def publish_events(session: UnitOfWork, events: Iterable[Event]) -> list[E
         PublishError: If an item is no Event, has been published already, belongs to another session, or
             appears twice; the message names its index. Nothing was sent, and the session can go on. Also if an event
             for a connection has a related object, which only a session can insert.
-        InvalidEventTypeError: If an event has no type.
+        InvalidEventTypeError: If an event has no type, or one that another class stands for.
         SessionTypeError: If *session* is none.
         SessionStateError: If *session* cannot publish; as for `publish_event()`.
         sqlalchemy.exc.SQLAlchemyError: If the INSERT fails; then, as always, the session needs a rollback.
@@ -272,10 +272,22 @@ def _batch(events: Iterable[Event], session: Session | None) -> list[Event]:
         seen.add(id(event))
         state = inspect(event)
         if not (state.transient or state.pending):
-            raise PublishError(f"events[{index}] has been published already. Make a new Event.")
+            raise PublishError(
+                f"events[{index}] has been published already, if only in a transaction that was rolled back. Make a "
+                "new Event."
+            )
+        if "id" in state.dict:
+            raise PublishError(
+                f"events[{index}] has an id, which the database gives: it was published in a transaction that was "
+                "rolled back, or was made with one. Make a new Event, without."
+            )
         if state.session is not None and state.session is not session:
             raise PublishError(f"events[{index}] belongs to another session. Publish it there.")
-        check_event_type(state.dict.get("type"), what=f"Type of events[{index}]")
+        if state.dict.get("type") is None:
+            raise InvalidEventTypeError(
+                f"events[{index}] has no type. Write Event(type='order.placed', …).", value=None
+            )
+        check_class(event)
     return batch
 
 

@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, delete, func, insert, inspect, select, update
+from sqlalchemy import create_engine, delete, func, insert, inspect, literal, null, select, update
 from sqlalchemy.exc import IntegrityError, MissingGreenlet, NoSuchColumnError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, Session, aliased, selectin_polymorphic, selectinload, with_polymorphic
@@ -283,7 +283,7 @@ async def test_publish_event_refuses_a_class_that_the_type_is_not_loaded_as(
         assert not session.in_transaction()
 
 
-@pytest.mark.parametrize("name", ["nonsense", "counted", "key", "id", "type"])
+@pytest.mark.parametrize("name", ["nonsense", "counted", "created_at", "id", "type"])
 async def test_publish_event_refuses_a_column_that_the_class_does_not_add(
     sm: DatabaseSessionManager, name: str
 ) -> None:
@@ -378,6 +378,36 @@ async def test_a_batch_is_one_statement_for_each_run_of_a_class(sm: DatabaseSess
         await publish_events(session, mixed)
         assert len(sent) > 2
         assert [each.id for each in mixed] == sorted(each.id for each in mixed)
+
+
+async def test_an_event_whose_type_has_a_class_is_of_that_class(sm: DatabaseSessionManager) -> None:
+    """Another one would stay in the session as what it is, and be loaded as what it should have been."""
+    async with sm.session() as session:
+        for wrong in (Event(type="order.placed"), TenantEvent(type="payment.taken"), Event(type="stock.counted")):
+            with pytest.raises(InvalidEventTypeError, match="is loaded as"):
+                await publish_events(session, [wrong])
+            with pytest.raises(InvalidEventTypeError, match="is loaded as"):
+                await publish_events(await session.connection(), [wrong])
+            session.add(wrong)
+            with pytest.raises(InvalidEventTypeError, match="is loaded as"):
+                await session.flush()
+            await session.rollback()
+
+
+async def test_an_sql_expression_is_a_value(sm: DatabaseSessionManager) -> None:
+    """It is loaded, in a session and on a connection, alone and among others."""
+    async with sm.engine.begin() as connection, sm.session() as session:
+        for target in (session, connection):
+            event = await publish_event(
+                target, "order.placed", {}, "events", event_class=OrderPlaced, attempts=literal(4) + 1, note=null()
+            )
+            assert (event.attempts, event.note) == (5, None)
+            made = [
+                OrderPlaced(attempts=literal(1) + n, note="x") if n % 2 else OrderPlaced(note="y") for n in range(5)
+            ]
+            await publish_events(target, made)
+            assert [each.attempts for each in made] == [1, 2, 1, 4, 1]
+            assert [each.id for each in made] == sorted(each.id for each in made)
 
 
 async def test_thousands_of_mixed_classes_are_published_in_their_order(sm: DatabaseSessionManager, sql: Sql) -> None:

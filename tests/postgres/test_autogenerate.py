@@ -178,3 +178,59 @@ async def test_a_host_names_the_schema_in_its_file(
         host.alembic("downgrade", "base")
         host.alembic("-x", "pgebus_schema=a=b", "upgrade", "pgebus@head")
         assert await schemas_in(sql) == ["a=b", "public"]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["", "with a table of its own called events"])
+async def test_a_schema_of_ours_in_the_search_path_is_no_schema_of_the_hosts(
+    host: Host, sql: Sql, empty_database: DatabaseSettings, own: bool
+) -> None:
+    """There, reflection finds our tables in the default schema too."""
+    if own:
+        host.models(MODELS + OWN_EVENTS)
+    host.alembic("upgrade", "pgebus@head")
+    host.revise("own", "--autogenerate")
+    host.alembic("upgrade", "heads")
+    url = empty_database.sqlalchemy_url()
+    await sql.execute(
+        f"ALTER ROLE {quote_identifier(url.username or '')} IN DATABASE {quote_identifier(url.database or '')}"
+        " SET search_path = public, pgebus"
+    )
+    for target in ("models.Base.metadata", BOTH):
+        for options in ({}, {"include_schemas": True}):
+            host.env(target, **options)
+            assert is_clean(host), (target, options)
+    await sql.execute("CREATE TABLE leftover (id int)")
+    assert "leftover" in differences(host)
+
+
+OWN_EVENTS = """
+
+class Happening(Base):
+    __tablename__ = "events"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+"""
+
+REFERRING = """
+
+class Seen(Base):
+    __tablename__ = "seen"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    event_id: Mapped[int] = mapped_column(ForeignKey(pgebus.Event.__table__.c.id))
+"""
+
+
+async def test_a_table_of_the_hosts_that_refers_to_ours_comes_after_it(host: Host, sql: Sql) -> None:
+    """And goes before it."""
+    host.models(MODELS + REFERRING)
+    host.env(BOTH)
+    host.alembic("upgrade", "pgebus@head")
+    made = host.revise("seen", "--autogenerate")
+    assert re.search(r"^depends_on: .* = 'pgebus_0001'$", made.read_text(encoding="utf-8"), re.MULTILINE)
+    host.alembic("upgrade", "heads")
+    assert is_clean(host)
+    host.alembic("downgrade", "pgebus@base")
+    assert await sql.fetchval("SELECT to_regclass('seen')") is None
+    host.alembic("upgrade", made.stem.partition("_")[0])
+    assert await sql.fetchval("SELECT to_regclass('seen')") is not None

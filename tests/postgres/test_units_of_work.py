@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, insert, inspect, select, text
+from sqlalchemy.event import listens_for
 from sqlalchemy.exc import DBAPIError, IntegrityError, MissingGreenlet
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from tests.conftest import Server
 from tests.postgres.plain_sql import drain, listen, sleeper
@@ -343,6 +344,98 @@ async def test_publishing_on_the_connection_of_a_session_joins_its_transaction(
         await publish_events(await session.connection(), [Event(type="b")])
         await session.commit()
     assert await types(sql) == ["b"]
+
+
+async def test_what_could_not_be_published_does_not_stay_in_the_session(sm: DatabaseSessionManager, sql: Sql) -> None:
+    """Whatever failed, and whether or not the caller goes on."""
+
+    class Refusing(Session):
+        refuse = True
+
+    @listens_for(Refusing, "before_flush")
+    def refuse(session: Refusing, *_: object) -> None:
+        if session.refuse:
+            raise LookupError
+
+    async with AsyncSession(sm.engine, sync_session_class=Refusing) as session:
+        for call in (
+            lambda: publish_event(session, "a", {}, "events"),
+            lambda: publish_events(session, [Event(type="a"), Event(type="b")]),
+        ):
+            with pytest.raises(LookupError):
+                await call()
+            assert not session.new
+        session.sync_session.refuse = False  # type: ignore[attr-defined]  # it is a Refusing
+        await publish_event(session, "good", {}, "events")
+        await session.commit()
+    assert await types(sql) == ["good"]
+
+
+async def test_hooks_of_a_flush_are_told_what_they_may_do(sm: DatabaseSessionManager, sql: Sql) -> None:
+    class Hooked(Session):
+        error: Exception | None = None
+
+    @listens_for(Hooked, "before_flush")
+    def derive(session: Hooked, *_: object) -> None:
+        if any(each.type == "root" for each in session.new):
+            try:
+                publish_event_sync(session, "derived", {}, "events")
+            except SessionStateError as error:
+                session.error = error
+            session.add(Event(type="added"))
+
+    async with AsyncSession(sm.engine, sync_session_class=Hooked) as session:
+        session.add(Event(type="root"))
+        await session.commit()
+        assert "before_flush" in str(session.sync_session.error)  # type: ignore[attr-defined]  # it is a Hooked
+    assert await types(sql) == ["root", "added"]
+
+
+async def test_a_session_that_chooses_a_connection_in_autocommit_is_refused(
+    sm: DatabaseSessionManager, sql: Sql
+) -> None:
+    autocommit = sm.engine.execution_options(isolation_level="AUTOCOMMIT").sync_engine
+
+    class Routed(Session):
+        def get_bind(self, *_: Any, **__: Any) -> Any:
+            return autocommit
+
+    async with AsyncSession(sync_session_class=Routed) as session:
+        with pytest.raises(SessionStateError, match="AUTOCOMMIT"):
+            await publish_event(session, "a", {}, "events")
+    assert await types(sql) == []
+
+
+@every_kind
+async def test_events_that_were_rolled_back_are_not_published_again(units: Units, sql: Sql, kind: Kind) -> None:
+    """They have an id, which the server would refuse: a clear error before any SQL, and the transaction goes on."""
+    async with units.open(kind) as unit:
+        made = [Event(type="a"), Event(type="b")]
+        await unit.publish_many(made)
+        await unit.end("rollback")
+        with pytest.raises(PublishError, match="rolled back"):
+            await unit.publish_many(made)
+        with pytest.raises(PublishError, match="has an id"):
+            await unit.publish_many([Event(id=5, type="c")])
+        await unit.publish("good", {}, "events")
+        await unit.end("commit")
+    assert await types(sql) == ["good"]
+
+
+async def test_a_batch_that_fails_half_way_on_a_connection_can_be_published_again(
+    sm: DatabaseSessionManager, sql: Sql
+) -> None:
+    late = Event(type="late")
+    late.__dict__["priority"] = 99  # behind the check
+    made = [Event(type="early", payload={}), late]
+    async with sm.engine.connect() as connection:
+        with pytest.raises(IntegrityError):
+            await publish_events(connection, made)
+        await connection.rollback()
+        late.priority = 9
+        await publish_events(connection, made)
+        await connection.commit()
+    assert await types(sql) == ["early", "late"]
 
 
 # Without SQLAlchemy

@@ -62,7 +62,8 @@ def test_a_revision_of_somebody_else_is_told_from_ours(tmp_path: Path) -> None:
         "ours.py": 'revision = "pgebus_0002"',
         "theirs.py": "revision: str = 'abc123'\ndown_revision: str = 'pgebus_0001'",
         "no_revision.py": "x = 1",
+        "disguised.py": "revision = 'pgebus_orders'",
     }.items():
         (tmp_path / name).write_text(f'"""Text."""\n\n{line}\n', encoding="utf-8")
-    assert [each.name for each in strays(tmp_path)] == ["theirs.py"]
+    assert [each.name for each in strays(tmp_path)] == ["disguised.py", "theirs.py"]
     assert strays() == []

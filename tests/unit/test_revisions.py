@@ -18,6 +18,9 @@ VERSIONS = Path(__file__).parents[2] / "src" / "pgebus" / "migrations" / "versio
 RELEASED = Path(__file__).parents[1] / "released_revisions.json"
 
 
+_ID = re.compile(r"pgebus_\d{4}")
+
+
 def fingerprint(file: Path) -> str:
     """A hash of what the revision does: comments may change, and the label moves on to the next one."""
     kept = [
@@ -43,7 +46,7 @@ def problems(versions: Path, released: Mapping[str, str]) -> list[str]:
         found.append(f"There are {len(heads)} heads: {sorted(heads)}.")
     if labelled != heads:
         found.append(f"The label is on {sorted(labelled)}; move it to the newest revision, {sorted(heads)}.")
-    found += [f"The id {each!r} does not begin with 'pgebus_'." for each in revisions if not each.startswith("pgebus_")]
+    found += [f"The id {each!r} is not 'pgebus_' and four digits." for each in revisions if not _ID.fullmatch(each)]
     for revision, expected in released.items():
         if revision not in revisions:
             found.append(f"{revision!r} was released, and is gone.")

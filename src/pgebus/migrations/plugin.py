@@ -18,6 +18,7 @@ from alembic.script import Script, ScriptDirectory
 
 from pgebus.migrations.place import VERSION_TABLE
 from pgebus.models import metadata
+from pgebus.names import quote_identifier
 
 if TYPE_CHECKING:
     from alembic.autogenerate.api import AutogenContext
@@ -35,6 +36,11 @@ WHERE EXISTS (SELECT FROM pg_catalog.pg_proc p
   AND EXISTS (SELECT FROM pg_catalog.pg_class c
               WHERE c.relnamespace = n.oid AND c.relname = 'deliveries' AND c.relkind IN ('r', 'p'))
 """)
+
+_SCHEMA_OF: Final = sa.text("""
+SELECT n.nspname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE c.oid = to_regclass(:name)
+""").bindparams(sa.bindparam("name", type_=sa.Text))
 
 
 def choose_schemas(context: AutogenContext, schemas: set[str | None]) -> None:
@@ -59,6 +65,9 @@ def leave_ours_alone(context: AutogenContext, operations: ops.UpgradeOps) -> Non
         schema = _or_default(context, operation.schema)
         if (schema, operation.table_name) in known:
             return False
+        if schema is None and operation.table_name in _OURS | {VERSION_TABLE}:
+            # With a schema of ours in the search_path, the default schema seems to hold our tables.
+            schema = _found_in(context, operation.table_name)
         is_ours = schema in present and operation.table_name in (_OURS | {VERSION_TABLE})
         return is_ours or schema in looked_into_by_us
 
@@ -123,13 +132,36 @@ def _meaning(context: AutogenContext, key: ops.CreateForeignKeyOp) -> dict[str, 
 
 
 def _changes_ours(context: AutogenContext, operations: ops.UpgradeOps) -> bool:
+    """Tell whether a revision needs our tables: it changes one of them, or refers to one."""
     wanted = _wanted(context)
-    return any(
-        isinstance(operation, ops.ModifyTableOps)
-        and operation.table_name in _OURS
-        and _or_default(context, operation.schema) in wanted
-        for operation in operations.ops
-    )
+    for operation in operations.ops:
+        if isinstance(operation, ops.ModifyTableOps):
+            if operation.table_name in _OURS and _or_default(context, operation.schema) in wanted:
+                return True
+            parts = list(operation.ops)
+        else:
+            parts = [operation]
+        if any(_refers_to_ours(context, wanted, part) for part in parts):
+            return True
+    return False
+
+
+def _refers_to_ours(context: AutogenContext, wanted: set[str | None], operation: ops.MigrateOperation) -> bool:
+    """Tell whether an operation makes a foreign key to a table of ours."""
+    if isinstance(operation, ops.CreateForeignKeyOp):
+        schema = operation.kw.get("referent_schema")
+        return operation.referent_table in _OURS and _or_default(context, schema) in wanted
+    if isinstance(operation, ops.CreateTableOp):
+        keys = operation.to_table().foreign_keys
+    elif isinstance(operation, ops.AddColumnOp):
+        keys = operation.column.foreign_keys
+    else:
+        return False
+    for key in keys:
+        schema, _, table = key._get_colspec().rpartition(".")[0].rpartition(".")
+        if table in _OURS and _or_default(context, schema or None) in wanted:
+            return True
+    return False
 
 
 def _wanted(context: AutogenContext) -> set[str | None]:
@@ -145,6 +177,13 @@ def _present(context: AutogenContext) -> set[str | None]:
     if context.connection is None:
         return set()
     return {_or_default(context, name) for name in context.connection.scalars(_SCHEMAS)}
+
+
+def _found_in(context: AutogenContext, table: str) -> str | None:
+    """Return the schema of a table that is named without one; None for the default schema."""
+    if context.connection is None:
+        return None
+    return _or_default(context, context.connection.scalar(_SCHEMA_OF, {"name": quote_identifier(table)}))
 
 
 def _or_default(context: AutogenContext, schema: str | None) -> str | None:
