@@ -15,7 +15,7 @@ ODD: Final = (
     "x" * 61 + "ä",
     "select",
     "{lost}{schema}{0} [a] $1 $$ a.b",
-    "%(type)s",
+    "%(type) %d",
     "public",
 )
 
@@ -92,6 +92,7 @@ REFUSED: Final = (
     "__[SCHEMA_pgebus]",
     "__[POSTCOMPILE_x]",
     "__EXECMANY_TOKEN__",
+    "%(type)s",
     "collation",
     "concurrently",
     "lateral",
