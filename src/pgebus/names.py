@@ -30,7 +30,10 @@ _NO_SCHEMA: Final = (
     # name unquoted that is a word but for a newline at its end.
     (re.compile(r"[\x00-\x1f\x7f-\x9f]"), "a control character does not come through Alembic and text files unharmed"),
     (re.compile(r"\$pgebus\$"), "'$pgebus$' quotes the bodies of our functions"),
-    (re.compile(r"__\[|__EXECMANY_TOKEN__|%\(\w+\)s"), "SQLAlchemy would take a part of it for a placeholder, and fill it in"),
+    (
+        re.compile(r"__\[|__EXECMANY_TOKEN__|%\(\w+\)s"),
+        "SQLAlchemy would fill in a part of it as a placeholder",
+    ),
     (
         re.compile(r"\A(?:collation|concurrently|lateral|system_user|tablesample)\Z"),
         "it is a word of SQL that SQLAlchemy does not quote",
