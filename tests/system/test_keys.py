@@ -7,9 +7,11 @@ import json
 import random
 from collections import defaultdict
 from contextlib import AsyncExitStack
+from datetime import timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from pgebus import (
     DatabaseSessionManager,
@@ -26,7 +28,9 @@ from pgebus import (
 )
 from pgebus._runtime.statements import Statements
 from tests.system.bus import Sql, delivery, finished, publish, running
+from tests.system.conftest import Spawn
 from tests.system.waiting import until
+from tests.system.worker_process import work
 
 
 class Watch:
@@ -103,10 +107,47 @@ async def test_events_of_a_key_are_handled_one_after_the_other(
     assert rejected
 
 
-def _pause(rng: random.Random) -> Any:
-    from datetime import timedelta
-
+def _pause(rng: random.Random) -> timedelta:
     return timedelta(milliseconds=rng.randrange(20))
+
+
+async def test_order_outlives_workers_that_are_killed(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql, spawn: Spawn
+) -> None:
+    """With -9, in the middle of what they do, again and again: effects once, and one of a key after the other."""
+    keys, each = 15, 8
+    quick = {"recovery_grace_seconds": 0.2, "backoff_first_seconds": 0.01, "backoff_ceiling_seconds": 0.01}
+    async with sm.session() as session:
+        batch = [
+            Event(type="job.gated", channel="events", key=f"k{n % keys}", payload={"fails": n % 7 == 0})
+            for n in range(keys * each)
+        ]
+        await publish_events(session, batch)
+        await session.commit()
+    crew = [spawn(work, event_system=quick) for _ in range(3)]
+    for worker in crew:
+        await worker.says("inside")
+        worker.go()
+    kills = 0
+    for done in range(20, keys * each, 20):
+        await until(lambda done=done: sql.fetchval("SELECT count(*) >= $1 FROM effects", done), within=30)  # type: ignore[misc]
+        await crew.pop(0).killed()
+        kills += 1
+        crew.append(spawn(work, event_system=quick))
+        await crew[-1].says("ready")
+        crew[-1].go()
+    await until(lambda: sql.fetchval("SELECT bool_and(status = 'completed') FROM pgebus.deliveries"), within=60)
+    assert kills == 5
+    assert await sql.fetchval("SELECT count(*) FROM effects") == keys * each
+    assert await sql.fetchval("SELECT count(DISTINCT event_id) FROM effects") == keys * each
+    early = await sql.fetch("""
+WITH r AS (
+  SELECT e.key, e.id, min(r.started_at) AS began, max(r.ended_at) AS ended FROM runs r JOIN pgebus.events e
+    ON e.id = r.event_id GROUP BY 1, 2
+)
+SELECT a.id, b.id FROM r a JOIN r b ON a.key = b.key AND a.id < b.id AND b.began < a.ended""")
+    assert early == []
+    assert await sql.fetchval("SELECT count(*) FROM pgebus.deliveries WHERE lost > 0") > 0
 
 
 async def test_a_delayed_event_holds_its_key(database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql) -> None:
@@ -166,8 +207,6 @@ async def test_a_handler_at_repeatable_read_leaves_the_promotion_to_the_sweep(
     @router.on("a", transactional=True)
     async def handle(ctx: EventContext, payload: dict[str, Any]) -> None:
         assert ctx.session is not None
-        from sqlalchemy import text
-
         await ctx.session.execute(text("SELECT 1 FROM pgebus.events LIMIT 1"))
         if payload.get("first"):
             began.set()
