@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 from pgebus.models import Event
 from pgebus.session import GuardedSession
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 class EventContext:
@@ -60,7 +65,7 @@ class EventContext:
     async def publish(
         self,
         event_type: str,
-        payload: dict[str, Any],
+        payload: dict[str, Any] | BaseModel | DataclassInstance,
         channel: str | None = None,
         run_at: datetime | None = None,
         **options: Any,

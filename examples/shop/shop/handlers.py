@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 from typing import Any
 
+from pydantic import BaseModel
 from sqlalchemy import update
 
-from pgebus import EventContext, EventRouter, Reject, publish_event
+from pgebus import EventContext, EventRouter, Group, Reject
 from shop.events import OrderPlaced
 from shop.models import Order, Stock
 
@@ -36,23 +38,33 @@ async def reserve_stock(ctx: EventContext, _payload: dict[str, Any]) -> None:
         # Trying again would not help. The delivery is dead until somebody decides, and the order stays `placed`.
         raise Reject(f"not enough {order.item} in stock for order {order.id}")
     order.state = "reserved"
-    receipt = {"order_id": order.id, "customer": order.customer, "item": order.item, "quantity": order.quantity}
-    await publish_event(ctx.session, "stock.reserved", receipt, ctx.event.channel)
+    receipt = Receipt(order_id=order.id, customer=order.customer, item=order.item, quantity=order.quantity)
+    await ctx.publish("stock.reserved", receipt)
 
 
-@router.on("stock.reserved")
-async def send_receipt(ctx: EventContext, payload: dict[str, Any]) -> None:
+class Receipt(BaseModel):
+    """The payload of `stock.reserved`."""
+
+    order_id: int
+    customer: str
+    item: str
+    quantity: int
+
+
+@router.on("stock.*", group=Group("mail", max_running=2), timeout=timedelta(seconds=30))
+async def send_receipt(ctx: EventContext, receipt: Receipt) -> None:
     """Send a receipt, at least once.
 
-    No transaction is open while a slow mail server answers. No transaction can take a mail back either, so this may
-    happen twice after a crash. The id of the event is the same each time: as the idempotency key of a mail
-    service, it makes the second one harmless.
+    In a consumer group of its own: whatever else is done about these events is none of its business, and the mail
+    server gets two at a time, however many workers there are. No transaction is open while it answers. No transaction
+    can take a mail back either, so this may happen twice after a crash. The id of the event is the same each time: as
+    the idempotency key of a mail service, it makes the second one harmless.
     """
     logger.info(
         "receipt-%d to %s: order %d, %d x %s",
         ctx.event_id,
-        payload["customer"],
-        payload["order_id"],
-        payload["quantity"],
-        payload["item"],
+        receipt.customer,
+        receipt.order_id,
+        receipt.quantity,
+        receipt.item,
     )

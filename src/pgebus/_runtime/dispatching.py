@@ -348,7 +348,7 @@ class Dispatcher:
             return made if session is None else session.attach(made)
 
         async def publish(
-            event_type: str, payload: dict[str, Any], channel: str | None, run_at: datetime | None, **options: Any
+            event_type: str, payload: Any, channel: str | None, run_at: datetime | None, **options: Any
         ) -> Event:
             channel = lease.row["channel"] if channel is None else channel
             if session is not None:
