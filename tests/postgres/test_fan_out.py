@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
@@ -261,3 +262,25 @@ async def test_unhandled_events_block_nobody_and_are_not_blocked(sql: Sql) -> No
     await subscribe(sql, "default", "a.b")
     await publish(sql, key="k")
     assert await statuses(sql) == ["unhandled", "unhandled", "pending"]
+
+
+async def test_many_events_after_one_take_no_longer_each(sql: Sql) -> None:
+    """PL/pgSQL keeps the plan that was made for the first. Row by row, this would take minutes."""
+    await subscribe(sql, "default", "#")
+    for key in ("NULL", "'k' || n"):
+        insert = f"INSERT INTO pgebus.events (type, key) SELECT 'a.b', {key} FROM generate_series(1, $1::integer) n"
+        await sql.execute(insert, 1)
+        async with asyncio.timeout(30):
+            await sql.execute(insert, 30_000)
+    assert await sql.fetchval("SELECT count(*) FROM pgebus.deliveries") == 60_002
+
+
+async def test_one_event_is_forgotten_by_the_index_after_many(sql: Sql) -> None:
+    await sql.execute("INSERT INTO pgebus.events (type) SELECT 'a' FROM generate_series(1, 20000)")
+    await sql.execute("DELETE FROM pgebus.events WHERE id <= 5000")
+    scans = "SELECT seq_scan FROM pg_stat_xact_user_tables WHERE relname = 'deliveries'"
+    async with sql.transaction():
+        before = await sql.fetchval(scans)
+        await sql.execute("DELETE FROM pgebus.events WHERE id = 6000")
+        assert await sql.fetchval(scans) == before
+    assert await sql.fetchval("SELECT count(*) FROM pgebus.deliveries") == 14_999
