@@ -414,6 +414,11 @@ def test_both_readmes_have_the_same_code_but_for_comments() -> None:
             assert bare[0] == bare[1], (one.id, other.id)
 
 
+def anchor_of(heading: str) -> str:
+    """The anchor that a renderer gives to ``heading``: lower case, no punctuation, hyphens for spaces."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
 @pytest.mark.parametrize("page", [*PAGES, *EXAMPLES], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", prose(page)):
@@ -423,10 +428,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         linked = page.parent / name if name else page
         assert linked.exists(), target
         if anchor:
-            headings = [
-                match[2].lower().replace(" ", "-").replace("`", "") for match in _HEADING.finditer(prose(linked))
-            ]
-            assert anchor in headings, target
+            assert anchor in [anchor_of(match[2]) for match in _HEADING.finditer(prose(linked))], target
 
 
 def settings_of(page: Path) -> dict[tuple[str, str], str]:
