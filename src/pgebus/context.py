@@ -32,6 +32,8 @@ class EventContext:
         claim_seq: Grows with every claim of this delivery: a fencing token for systems outside this database.
     """
 
+    __slots__ = ("_event", "_make_event", "_publish", "attempt", "claim_seq", "event_id", "group", "session")
+
     def __init__(
         self,
         *,

@@ -368,17 +368,17 @@ async def test_a_worker_with_all_hands_full_asks_nothing(bench: Bench) -> None:
         await until(lambda: 3 in bench.began)  # the looks that were asked for are not forgotten
 
 
-async def test_while_more_than_half_is_left_nothing_is_asked_for(bench: Bench, standing_still: Time) -> None:
+async def test_while_more_than_two_thirds_are_left_nothing_is_asked_for(bench: Bench, standing_still: Time) -> None:
     """A fast worker claims many at a time, and not one for each slot that comes free; but no look is forgotten."""
     await run_ten(bench)
-    bench.hands.hold(*range(11, 18))
+    bench.hands.hold(*range(11, 20))
     async with bench.runs():
-        bench.store.add(*range(11, 18))
+        bench.store.add(*range(11, 20))
         bench.wakeup.look()
-        await until(lambda: len(bench.holdings) == 7)  # of the 12 that it would hold: 2 slots, 10 in a second
+        await until(lambda: len(bench.holdings) == 9)  # of the 12 that it would hold: 2 slots, 10 in a second
         await come_to_rest()
         asked = bench.store.asked
-        bench.store.add(18)
+        bench.store.add(20)
         bench.wakeup.look()
         await come_to_rest()
         assert bench.store.asked == asked

@@ -144,30 +144,32 @@ class Acknowledger:
         lease, outcome = batch[0]
         worker_id = lease.fence.worker_id
         if isinstance(outcome, (Complete, Release)):
-            same = [
-                i
-                for i, (other, its) in enumerate(batch)
-                if type(its) is type(outcome)
-                and other.fence.worker_id == worker_id
-                # What was refused once goes alone, or a whole batch would be blamed for one row.
-                and (i == 0 or not self._refusals)
-            ]
-            leases = [batch[i][0] for i in same]
+            kind, alike, others = type(outcome), list[tuple[Lease, Outcome]](), list[tuple[Lease, Outcome]]()
+            for item in batch:
+                (alike if type(item[1]) is kind and item[0].fence.worker_id == worker_id else others).append(item)
+            if self._refusals:  # what was refused once goes alone, or a whole batch would be blamed for one row
+                alike, others = batch[:1], batch[1:]
+            leases = [each for each, _ in alike]
             if isinstance(outcome, Complete):
                 kept = await self._store.complete(leases)
                 again: float | None = None
             else:
                 kept = await self._store.release(lease.fence for lease in leases)
                 again = 0.0
-            missing = [each.fence for each in leases if each.fence[:2] not in kept]
-            # A row that is not there any more is lost; one that somebody else has locked is only late.
-            locked = await self._store.still_held(missing) if missing else set()
-            done = set(same)
-            self._locked += [item for i, item in enumerate(batch) if i in done and item[0].fence[:2] in locked]
-            batch[:] = [item for i, item in enumerate(batch) if i not in done]
-            for each in leases:
-                if each.fence[:2] not in locked:
-                    self._written(each, held=each.fence[:2] in kept)
+            if len(kept) == len(leases):
+                batch[:] = others
+                for each in leases:
+                    self._holdings.drop(each)
+                    if self._refusals:
+                        self._refusals.pop(each.fence, None)
+            else:
+                # A row that is not there any more is lost; one that somebody else has locked is only late.
+                locked = await self._store.still_held([each.fence for each in leases if each.fence[:2] not in kept])
+                self._locked += [item for item in alike if item[0].fence[:2] in locked]
+                batch[:] = others
+                for each in leases:
+                    if each.fence[:2] not in locked:
+                        self._written(each, held=each.fence[:2] in kept)
             # A promotion made something of this key claimable.
             self._settled(0.0 if any(each.keyed for each in leases) else again)
             return

@@ -28,7 +28,7 @@ from pgebus.routing import EventRouter
 logger = logging.getLogger(__name__)
 
 # Most that is ever held beyond the free slots, however fast the handlers are.
-MAX_AHEAD: Final = 500
+MAX_AHEAD: Final = 1_000
 # With fewer attempts than that, nothing is held ahead.
 ATTEMPTS_TO_SPARE: Final = 3
 # The idle flag is cleared at most this often, and unhandled types are looked up at most this often.
@@ -38,7 +38,7 @@ ADOPT_SECONDS: Final = 1.0
 STRAYS_SECONDS: Final = 10.0
 ADOPT_LIMIT: Final = 100
 MAX_UNKNOWN: Final = 1_000
-LONGEST_STRETCH_SECONDS: Final = 0.005
+LONGEST_STRETCH_SECONDS: Final = 0.003
 
 
 class Rate:
@@ -123,6 +123,7 @@ class Claimer:
         self._quarantine = Quarantine()
         self._suspect: Lease | None = None  # the one that runs
         self._closed = False
+        self._stretch_began = monotonic()
         self._turn = asyncio.Lock()
         self._backlog = True
         self._idle_of: int | None = None  # the id whose idle flag is set
@@ -276,8 +277,9 @@ class Claimer:
         target = self._slots + min(self._ahead, self._rate.per_second())
         held = len(self._holdings)
         starved = not self._buffer and len(self._crew) < self._slots
-        # In halves, so that a fast worker claims many at a time and not one for each slot that comes free.
-        return target - held if held < target and (starved or held * 2 <= target) else 0
+        # In thirds, so that a fast worker claims many at a time, and not one for each slot that comes free; and so that
+        # one third can be claimed and one be completed while the handlers have the last.
+        return target - held if held < target and (starved or held * 3 <= target * 2) else 0
 
     def _take(self, leases: list[Lease]) -> None:
         self._holdings.add(leases)
@@ -332,14 +334,18 @@ class Claimer:
         """Run *lease*, then whatever waits, in one task: one for each would cost more than a fast handler."""
         self._unbegun.discard(lease)
         task = asyncio.current_task()
-        yielded = monotonic()
         await self._execute(lease)
         while self._buffer and not self._closed and not (task is not None and task.cancelling()):
-            if monotonic() - yielded > LONGEST_STRETCH_SECONDS:
-                await asyncio.sleep(0)  # handlers that never wait would keep everybody else from running
-                yielded = monotonic()
+            if monotonic() - self._stretch_began > LONGEST_STRETCH_SECONDS:
+                # Handlers that never wait would keep everybody else from running: all of them together, so the time
+                # is counted for all of these tasks, and begins anew with the event loop's next turn.
+                asyncio.get_running_loop().call_soon(self._begin_stretch)
+                await asyncio.sleep(0)
             else:
                 await self._execute(self._buffer.popleft())
+
+    def _begin_stretch(self) -> None:
+        self._stretch_began = monotonic()
 
     async def _execute(self, lease: Lease) -> None:
         """Run one delivery and hand over its outcome."""

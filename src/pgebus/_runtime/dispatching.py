@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from random import Random
 from typing import Any, Final, cast
@@ -77,12 +76,25 @@ class _NotBegun(Exception):  # noqa: N818 - it carries an error, it is none
         self.error = error
 
 
-@dataclass(frozen=True, slots=True)
 class _Decoded:
-    """A claimed row that could be read."""
+    """A claimed row that could be read.
 
-    payload: str
-    headers: dict[str, Any]
+    Raises:
+        ValueError, TypeError, RecursionError: If it could not.
+    """
+
+    __slots__ = ("_decoded", "headers", "payload")
+
+    def __init__(self, lease: Lease) -> None:
+        row = lease.row
+        if row["id"] is None:
+            raise ValueError("the event is gone: its row was removed and its delivery was left")
+        self.payload: str = row["payload"]
+        headers = row["headers"]
+        self._decoded: dict[str, Any] | None = json.loads(self.payload)
+        self.headers: dict[str, Any] = {} if headers == "{}" else json.loads(headers)
+        if not isinstance(self._decoded, dict) or not isinstance(self.headers, dict):
+            raise TypeError("payload and headers must be JSON objects")
 
     def argument(self, handler: Handler) -> Any:
         """Return what *handler* is called with, of its own: what it changes in it is nobody else's business.
@@ -91,7 +103,8 @@ class _Decoded:
             PayloadValidationError: If the payload does not fit what it takes.
         """
         if handler.payload is None:
-            return json.loads(self.payload)
+            first, self._decoded = self._decoded, None
+            return json.loads(self.payload) if first is None else first
         try:
             return handler.payload.validate_json(self.payload)
         except ValidationError as error:
@@ -99,16 +112,6 @@ class _Decoded:
             found = error.errors(include_url=False, include_context=False, include_input=False)
             places = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'payload'}: {each['msg']}" for each in found[:10])
             raise PayloadValidationError(f"The payload does not fit {handler.name}: {places}") from None
-
-    @classmethod
-    def of(cls, lease: Lease) -> _Decoded:
-        row = lease.row
-        if row["id"] is None:
-            raise ValueError("the event is gone: its row was removed and its delivery was left")
-        payload, headers = json.loads(row["payload"]), json.loads(row["headers"])
-        if not isinstance(payload, dict) or not isinstance(headers, dict):
-            raise TypeError("payload and headers must be JSON objects")
-        return cls(row["payload"], headers)
 
 
 class Dispatcher:
@@ -170,7 +173,7 @@ class Dispatcher:
             times = "once" if lease.lost == 1 else f"{lease.lost} times"
             return self._bury(lease, "WorkerLost", f"The process died {times} while it handled this event.")
         try:
-            decoded = _Decoded.of(lease)
+            decoded = _Decoded(lease)
         except (ValueError, TypeError, RecursionError) as error:
             return self._bury(lease, "UndecodableEvent", describe(error, None).message)
         if any(handler.transactional for handler in handlers):
@@ -259,9 +262,11 @@ class Dispatcher:
 
     async def _call(self, handler: Handler, context: EventContext, lease: Lease, decoded: _Decoded) -> None:
         """Run one handler; whatever it raises is its failure, except a cancellation that was meant for the task."""
-        task = asyncio.current_task()
         try:
             argument = decoded.argument(handler)
+            if handler.timeout is None and not handler.threaded:
+                await cast("Awaitable[object]", handler.function(context, argument))
+                return
             async with asyncio.timeout(None if handler.timeout is None else handler.timeout.total_seconds()):
                 if handler.threaded:
                     await self._threads.run(
@@ -272,6 +277,7 @@ class Dispatcher:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
+            task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError):
                 if is_dismissed(task):
                     raise

@@ -22,7 +22,7 @@ class Fence(NamedTuple):
     worker_id: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: that would take three times as long to make
 class Lease:
     """The right to finish one delivery, and what its claim brought along.
 
@@ -47,14 +47,15 @@ class Lease:
     @classmethod
     def from_row(cls, row: asyncpg.Record, worker_id: int) -> Lease:
         """Make the lease of a row that a claim of *worker_id* returned."""
+        handled = row["handled"]
         return cls(
-            fence=Fence(row["event_id"], row["consumer_group"], row["claim_seq"], worker_id),
-            type=row["delivery_type"],
-            keyed=row["delivery_key"] is not None,
-            attempt=row["attempt"],
-            lost=row["lost"],
-            handled=tuple(row["handled"] or ()),
-            row=row,
+            Fence(row["event_id"], row["consumer_group"], row["claim_seq"], worker_id),
+            row["delivery_type"],
+            row["delivery_key"] is not None,
+            row["attempt"],
+            row["lost"],
+            tuple(handled) if handled else (),
+            row,
         )
 
 
