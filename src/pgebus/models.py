@@ -302,6 +302,12 @@ class Subscription(Base):
             name="fk_subscriptions_group",
             ondelete="CASCADE",
         ),
+        _index(
+            "ix_subscriptions_catching_up",
+            "channel",
+            "consumer_group",
+            where="backfilled_at IS NULL AND start_at IS NOT NULL",
+        ),
     )
 
     channel: Mapped[str] = mapped_column(_NAME)
@@ -310,6 +316,8 @@ class Subscription(Base):
     prefix: Mapped[str | None] = mapped_column(_NAME, Computed(_PREFIX, persisted=True))
     regex: Mapped[str | None] = mapped_column(_NAME, Computed(_REGEX, persisted=True))
     since_event_id: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    # Its events begin with those created at this moment, -infinity for all; None: with those above since_event_id.
+    start_at: Mapped[datetime | None] = mapped_column(_MOMENT)
     backfilled_at: Mapped[datetime | None] = mapped_column(_MOMENT)
     created_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=_NOW)
     # When a running process last said that it has a handler for it; renewed about once a minute.
@@ -351,7 +359,8 @@ class Delivery(Base):
         ),
         CheckConstraint("(status IN ('completed','dead','cancelled')) = (finished_at IS NOT NULL)", name="finished"),
         CheckConstraint(
-            "(status <> 'blocked' OR key IS NOT NULL) AND (NOT holds_key OR (status = 'dead' AND key IS NOT NULL))",
+            "(status <> 'blocked' OR key IS NOT NULL) "
+            "AND (NOT holds_key OR (status IN ('dead','unhandled') AND key IS NOT NULL))",
             name="key",
         ),
         CheckConstraint("attempt BETWEEN 0 AND claim_seq AND lost >= 0", name="attempt"),
@@ -381,6 +390,13 @@ class Delivery(Base):
             "type",
             "event_id",
             where="status = 'unhandled'",
+        ),
+        _index(
+            "ix_deliveries_unhandled_head",
+            "channel",
+            "consumer_group",
+            "type",
+            where="status = 'unhandled' AND holds_key",
         ),
         _index("ix_deliveries_dead", "channel", "consumer_group", "finished_at", where="status = 'dead'"),
         _index("ix_deliveries_prunable", "finished_at", where="status IN ('completed','cancelled')"),

@@ -28,6 +28,10 @@ _numbers: Final = itertools.count()
 _by_number: Final = attrgetter("number")
 
 
+# How many event types are remembered with their handlers.
+MAX_RESOLVED: Final = 10_000
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """A handler under its full path, as seen from the router that was asked."""
@@ -215,6 +219,8 @@ class EventRouter:
             found = {each.handler.name: each.handler for each in reversed(self.matching(event_type, group))}
             resolved = tuple(reversed(found.values()))
             if resolved:  # what nobody handles is not remembered: event types come from outside
+                if len(self._resolved) >= MAX_RESOLVED:  # and a pattern takes any number of them
+                    self._resolved.clear()
                 self._resolved[event_type, group] = resolved
         return resolved
 

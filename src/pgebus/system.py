@@ -232,7 +232,6 @@ class EventSystem:
             clock=self._clock,
             crew=self._crew,
             groups=self._served,
-            here={group.name: group.per_process for group in self._router.groups() if group.per_process},
             slots=options.n_workers,
             # What is held when the process dies has used up an attempt, begun or not.
             ahead=MAX_AHEAD if options.max_attempts >= ATTEMPTS_TO_SPARE else 0,
@@ -254,6 +253,7 @@ class EventSystem:
             Store(rounds, statements, options.channel),
             self._router,
             self._presence,
+            self._served,
             grace=options.recovery_grace_seconds,
             retention=options.retention_seconds,
             look=self._wakeup.look,

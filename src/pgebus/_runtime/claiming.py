@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Final, NoReturn
 
@@ -37,6 +37,8 @@ ADOPT_SECONDS: Final = 1.0
 # Leases that nobody here knows of come from a claim whose answer was lost: rare, but they would run for ever.
 STRAYS_SECONDS: Final = 10.0
 ADOPT_LIMIT: Final = 100
+# A limited group that another worker is just claiming from is tried again after that.
+LOCKED_GROUP_SECONDS: Final = 0.05
 MAX_UNKNOWN: Final = 1_000
 LONGEST_STRETCH_SECONDS: Final = 0.003
 
@@ -73,7 +75,6 @@ class Claimer:
         clock: The database's clock.
         crew: The tasks of the running deliveries.
         groups: Returns the groups that are served; asked again when handlers are registered late.
-        here: How many deliveries of a group this process runs at once, at most; for those that have a limit.
         slots: How many deliveries run at once.
         ahead: How many more may be held, at most.
         poll_interval: Seconds between looks that nothing asked for.
@@ -93,7 +94,6 @@ class Claimer:
         clock: DatabaseClock,
         crew: Crew,
         groups: Callable[[], Sequence[str]],
-        here: Mapping[str, int] | None = None,
         slots: int,
         ahead: int = MAX_AHEAD,
         poll_interval: float,
@@ -110,7 +110,8 @@ class Claimer:
         self._crew = crew
         self._served = groups
         self._groups = list(groups())
-        self._here = here or {}
+        # How many deliveries of a group this process runs at once, at most; for those that have a limit.
+        self._here: dict[str, int] = {}
         self._limited: frozenset[str] = frozenset()
         self._turns: deque[str | None] = deque()
         self._slots = slots
@@ -133,6 +134,8 @@ class Claimer:
         self._adopt_at = monotonic()
         self._strays_at = monotonic()
         self._unknown: set[str] = set()
+        self._adopted = False
+        self._learn_groups()
 
     async def run(self) -> NoReturn:
         """Claim and start, until cancelled."""
@@ -159,9 +162,13 @@ class Claimer:
 
     def learn(self) -> None:
         """The router knows more types than before: look for what was put aside."""
-        self._groups = list(self._served())
+        self._learn_groups()
         self._adopt_at = monotonic()
         self._wakeup.look()
+
+    def _learn_groups(self) -> None:
+        self._groups = list(self._served())
+        self._here = {group.name: group.per_process for group in self._router.groups() if group.per_process}
 
     def give_back(self) -> None:
         """Release whatever was claimed and not started."""
@@ -198,15 +205,17 @@ class Claimer:
         self._start_buffered()
         adopted = False
         if now >= self._adopt_at and (room := self._room()):
-            # Half of the room: neither what was put aside nor what comes in may keep the other waiting.
-            adopted = await self._adopt(worker_id, (room + 1) // 2)
+            # Half of the room, in turns where it is odd: neither what was put aside nor what comes in may keep the
+            # other waiting.
+            share = room // 2 if self._adopted else (room + 1) // 2
+            self._adopted = adopted = share > 0 and await self._adopt(worker_id, share)
 
         room = self._room()
         if room == 0:
             self._backlog = self._backlog or wanted or adopted  # asked for, and not looked yet
             await self._clear_flag(worker_id, now)
             return self._until(self._look_at + self._poll_interval)
-        if not (wanted or self._backlog):
+        if not (wanted or self._backlog) and self._idle_of == worker_id:
             return self._until(self._look_at)
 
         self._backlog = await self._claim(worker_id, room) == room or adopted
@@ -244,12 +253,18 @@ class Claimer:
             if group is None:
                 leases = await self._store.claim(worker_id, free, left) if free else []
             elif group in self._limited:
-                leases = await self._store.claim_limited(worker_id, group, left)
+                leases = await self._claim_limited(worker_id, group, left)
             else:
                 leases = await self._store.claim(worker_id, [group], left)
             self._take(leases)
             claimed += len(leases)
         return claimed
+
+    async def _claim_limited(self, worker_id: int, group: str, room: int, *, suspect: bool = False) -> list[Lease]:
+        leases = await self._store.claim_limited(worker_id, group, room, suspect=suspect)
+        if leases is None:  # its turn comes later: nobody else waits for whoever has locked it
+            self._wakeup.due_in(LOCKED_GROUP_SECONDS)
+        return leases or []
 
     def _room_here(self, group: str, room: int) -> int:
         """Return how many deliveries of *group* this process may take, of *room*."""
@@ -299,9 +314,11 @@ class Claimer:
 
     async def _claim_suspect(self, worker_id: int) -> None:
         """Take one delivery that a worker died with, and start it with nothing beside it."""
-        leases = await self._store.claim_suspect(worker_id, self._groups)
-        for group in self._limited if not leases else ():
-            leases = leases or await self._store.claim_limited(worker_id, group, 1, suspect=True)
+        groups = [group for group in self._groups if self._room_here(group, 1) > 0]
+        leases = await self._store.claim_suspect(worker_id, groups)
+        for group in groups:
+            if not leases and group in self._limited:
+                leases = await self._claim_limited(worker_id, group, 1, suspect=True)
         if not leases:
             self._quarantine.looked(found=False, now=monotonic())
             return

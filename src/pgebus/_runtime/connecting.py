@@ -69,4 +69,9 @@ def _give_up_in_time(dbapi_connection: Any, _record: object) -> None:
     A backend that waits for a lock does not notice that its client has gone: each attempt would leave one behind.
     """
     milliseconds = int(ANSWER_SECONDS * 800)
-    dbapi_connection.run_async(lambda driver: driver.execute(f"SET statement_timeout = {milliseconds}"))
+    dbapi_connection.run_async(
+        lambda driver: driver.execute(
+            # The second, because a worker that freezes in a transaction of a limited group would keep it locked.
+            f"SET statement_timeout = {milliseconds}; SET idle_in_transaction_session_timeout = {milliseconds}"
+        )
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from time import monotonic
 from typing import Final, NoReturn
@@ -16,7 +16,7 @@ import asyncpg
 
 from pgebus._runtime.faults import is_disconnect
 from pgebus._runtime.presence import Presence
-from pgebus._runtime.store import Backfill, Store
+from pgebus._runtime.store import Backfill, Place, Store
 from pgebus.groups import Group
 from pgebus.health import LoopHealth
 from pgebus.routing import EventRouter
@@ -32,6 +32,9 @@ SUBSCRIBE_SECONDS: Final = 30.0
 # How many events a statement of the backfill looks at, and how long it goes on in one round.
 BACKFILL_BATCH: Final = 10_000
 BACKFILL_SECONDS: Final = 0.5
+# How many keys a sweep looks at, and how many times as long as it took it pauses.
+SWEEP_BATCH: Final = 5_000
+SWEEP_PAUSE: Final = 20
 
 
 class Coroner:
@@ -95,7 +98,8 @@ class Backfiller:
     def __init__(self, store: Store, look: Callable[[], None]) -> None:
         self._store = store
         self._look = look
-        self._waiting: dict[Backfill, frozenset[str]] = {}
+        self._waiting: dict[Backfill, frozenset[tuple[str, bool]]] = {}
+        self._in_flight: frozenset[tuple[str, bool]] = frozenset()  # at the last look
         self._reached: dict[Backfill, int] = {}  # up to which id it has been done, by us
 
     async def round(self) -> None:
@@ -105,29 +109,39 @@ class Backfiller:
         if not wanted:
             self._waiting.clear()
             return
-        in_flight = await self._store.in_flight()
-        self._waiting = {each: self._waiting.get(each, in_flight) & in_flight for each in wanted}
+        before, self._in_flight = self._in_flight, await self._store.in_flight()
+        self._waiting = {each: self._others(each, before) for each in wanted}
         until = monotonic() + BACKFILL_SECONDS
         for each, others in self._waiting.items():
             if not others and monotonic() < until:
                 await self._make_up(each, until)
+
+    def _others(self, what: Backfill, before: frozenset[tuple[str, bool]]) -> frozenset[tuple[str, bool]]:
+        """Return who is still to be waited for."""
+        waiting = self._waiting.get(what)
+        if waiting is None:
+            return self._in_flight
+        still = waiting & self._in_flight
+        if still == waiting:
+            return still
+        # One that is gone from there may be a prepared one now, under a name that tells nothing of the other.
+        return still | {each for each in self._in_flight - before if each[1]}
 
     async def _make_up(self, what: Backfill, until: float) -> None:
         # Whoever takes a higher id from now on is served by the trigger.
         last = await self._store.last_event_id()
         while True:
             above = self._reached.get(what, what.since)
-            made, reached = await self._store.backfill(what, above, last, BACKFILL_BATCH)
+            made, reached, missed = await self._store.backfill(what, above, last, BACKFILL_BATCH)
             if made:
-                # What has a key waits behind the others of it; the sweep finds who is first.
-                await self._store.sweep()
                 self._look()
             if reached is None:
                 break
-            self._reached[what] = reached
-            if monotonic() >= until:
+            self._reached[what] = reached if missed is None else missed - 1
+            if missed is not None or monotonic() >= until:
                 return
         await self._store.backfilled(what)
+        self._look()
         logger.info("Group %r is up to date with %r.", what.group, what.pattern)
 
 
@@ -142,6 +156,7 @@ class Maintenance:
         store: On a connection of its own.
         router: Watched for handlers that are registered late.
         presence: This worker is never its own coroner.
+        served: Returns the groups that this worker serves.
         grace: Seconds without a lock after which a worker is dead.
         retention: Seconds after which finished events are removed; None keeps them.
         look: Called when something may have become claimable.
@@ -154,6 +169,7 @@ class Maintenance:
         store: Store,
         router: EventRouter,
         presence: Presence,
+        served: Callable[[], Sequence[str]],
         *,
         grace: float,
         retention: float | None,
@@ -164,6 +180,7 @@ class Maintenance:
         self._store = store
         self._router = router
         self._presence = presence
+        self._served = served
         self._coroner = Coroner(grace)
         self._retention = retention
         self._look = look
@@ -172,6 +189,9 @@ class Maintenance:
         self._backfiller = Backfiller(store, look)
         self._subscribed_version: int | None = None
         self._subscribe_at = monotonic()
+        self._configured = False
+        self._sweep_at = monotonic()
+        self._swept: Place | None = None
         self._prune_at = monotonic() + PRUNE_SECONDS
 
     async def run(self) -> NoReturn:
@@ -194,11 +214,21 @@ class Maintenance:
     async def _round(self) -> None:
         await self._recover()
         await self.subscribe()
-        await self._backfiller.round()
-        if await self._store.sweep():
-            self._look()
+        if monotonic() >= self._sweep_at:
+            await self._sweep()
         if monotonic() >= self._prune_at:
             await self._prune()
+        await self._backfiller.round()
+
+    async def _sweep(self) -> None:
+        """Promote keys that lost their head unseen: some thousand at a time, for a twentieth of the time at most."""
+        began = monotonic()
+        await self._store.let_go()
+        promoted, ended = await self._store.sweep(self._swept or ("", "", ""), SWEEP_BATCH)
+        self._swept = ended
+        self._sweep_at = monotonic() + SWEEP_PAUSE * (monotonic() - began)
+        if promoted:
+            self._look()
 
     async def subscribe(self) -> None:
         """Write the subscriptions of all handlers; again when one was registered since, and once in a while."""
@@ -209,7 +239,8 @@ class Maintenance:
         groups = {group.name: group for group in self._router.groups()}
         if groups:
             # What is declared is written once: later on, an operator may have had reason to write something else.
-            await self._store.declare_groups(list(groups.values()), configure=self._subscribed_version is None)
+            configured = await self._store.declare_groups(list(groups.values()), configure=not self._configured)
+            self._configured = self._configured or configured
             await self._store.subscribe(
                 [
                     (route.handler.group, route.pattern, _start_of(groups[route.handler.group]))
@@ -217,9 +248,11 @@ class Maintenance:
                 ]
             )
         self._subscribed_version = version
-        self._subscribe_at = monotonic() + SUBSCRIBE_SECONDS
+        self._subscribe_at = monotonic() + (SUBSCRIBE_SECONDS if self._configured or not groups else 0)
         if late:
             self._learned()
+            if self._presence.worker_id is not None:
+                await self._store.serve(self._presence.worker_id, self._served())
 
     async def _recover(self) -> None:
         rows: list[asyncpg.Record] = await self._store.owners()

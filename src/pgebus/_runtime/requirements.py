@@ -10,9 +10,10 @@ from typing import Final
 
 from pgebus._runtime.statements import Statements
 from pgebus._runtime.store import Line
-from pgebus.errors import SchemaMismatchError
+from pgebus.errors import ConfigurationError, SchemaMismatchError
 from pgebus.inheritance import family
 from pgebus.models import SCHEMA_VERSION
+from pgebus.names import quote_identifier
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ async def require_schema(line: Line, statements: Statements) -> None:
 
     Raises:
         SchemaMismatchError: If so; the message holds the command to run.
+        ConfigurationError: If the role may not read what it needs.
     """
     schema = statements.schema
     found: int | None = None
@@ -53,6 +55,11 @@ async def require_schema(line: Line, statements: Statements) -> None:
         if found > SCHEMA_VERSION:
             logger.info("Schema %r is at version %d, one ahead of this release, which may go on.", schema, found)
         await _require_columns(line, statements)
+        if not await line.value(statements.may_read_sequence, schema):
+            raise ConfigurationError(
+                f"The role may not read the sequence of the event ids, so no group could begin 'from now'. Grant it: "
+                f"GRANT SELECT ON ALL SEQUENCES IN SCHEMA {quote_identifier(schema)} TO …"
+            )
         return
     command = "Run 'alembic upgrade pgebus@head' (or 'pgebus migrate')."
     if found is None:

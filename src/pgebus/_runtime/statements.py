@@ -15,6 +15,8 @@ from pgebus.names import quote_identifier, quote_literal
 
 # How many errors a delivery keeps, newest last.
 KEPT_ERRORS: Final = 5
+# How long after its last declaration a pattern counts as handled by somebody; running processes renew it each minute.
+DECLARED_MINUTES: Final = 3
 
 # Columns of the event. A payload that can't be decoded, or a year that Python doesn't have, must cost its own
 # delivery only and never the batch: so JSON comes as text, and a time outside Python's range as NULL.
@@ -87,19 +89,45 @@ class Statements:
       SELECT count(*) FROM {s}.deliveries r
       WHERE r.status = 'running' AND r.channel = g.channel AND r.consumer_group = g.consumer_group))"""
 
+        # Whether nothing of its key is before a delivery, and none runs.
+        def first(of: str) -> str:
+            return f"""(
+            SELECT p.event_id FROM {s}.deliveries p
+            WHERE p.channel = {of}.channel AND p.consumer_group = {of}.consumer_group AND p.key = {of}.key
+              AND (p.status IN ('pending', 'running') OR p.holds_key)
+              AND (p.event_id < {of}.event_id OR p.status = 'running')
+            ORDER BY p.event_id LIMIT 1) IS NULL AND (
+            SELECT b.event_id FROM {s}.deliveries b
+            WHERE b.status = 'blocked' AND b.channel = {of}.channel AND b.consumer_group = {of}.consumer_group
+              AND b.key = {of}.key AND b.event_id < {of}.event_id
+            ORDER BY b.event_id LIMIT 1) IS NULL"""
+
+        # Whether a running process, or one that has just ended, has a handler for the type of a delivery.
+        def declared(of: str) -> str:
+            return f"""EXISTS (SELECT FROM {s}.subscriptions k
+      WHERE k.channel = {of}.channel AND k.consumer_group = {of}.consumer_group
+        AND k.declared_at > now() - interval '{DECLARED_MINUTES} minutes'
+        AND (k.pattern = {of}.type OR (starts_with({of}.type || '.', k.prefix)
+          AND (k.regex IS NULL OR {of}.type || '.' ~ k.regex))))"""
+
         # Claim what is due: $1 worker, $2 channel, $3 groups in the order of their turn, $4 limit. One lane for each
         # group and priority: a lane ends at its first row that is not due yet, so rows for tomorrow are never walked.
         # The rows are locked, so the update may find them by place; by primary key a planner without statistics
         # would join the whole table. LEFT JOIN: a delivery whose event is gone must be seen, or it would fill its
-        # lane for ever.
+        # lane for ever. What has a key waits for what is before it in its key, which may be still to come where a
+        # group gets its earlier events.
         def claim(lost: str, among: str = "") -> str:
             return f"""
-WITH lane AS MATERIALIZED (
-  SELECT g.consumer_group, p.level
+WITH served AS MATERIALIZED (
+  SELECT g.consumer_group, u.ord, (
+    SELECT true FROM {s}.subscriptions k WHERE k.channel = g.channel AND k.consumer_group = g.consumer_group
+      AND k.backfilled_at IS NULL AND k.start_at IS NOT NULL LIMIT 1) IS NOT NULL AS catching_up
   FROM unnest($3::text[]) WITH ORDINALITY AS u(name, ord)
   JOIN {s}.consumer_groups g ON g.channel = $2::text AND g.consumer_group = u.name AND g.paused_at IS NULL{among}
-  CROSS JOIN generate_series(0, 9) AS p(level)
-  ORDER BY p.level, u.ord
+), lane AS MATERIALIZED (
+  SELECT served.consumer_group, served.catching_up, p.level
+  FROM served CROSS JOIN generate_series(0, 9) AS p(level)
+  ORDER BY p.level, served.ord
 ), due AS MATERIALIZED (
   SELECT d.place, d.event_id
   FROM lane CROSS JOIN LATERAL (
@@ -107,12 +135,7 @@ WITH lane AS MATERIALIZED (
     FROM {s}.deliveries d
     WHERE d.status = 'pending' AND d.channel = $2 AND d.consumer_group = lane.consumer_group
       AND d.priority = lane.level AND d.due_at <= now() AND d.lost {lost}
-      AND (d.key IS NULL OR (
-            SELECT p.event_id FROM {s}.deliveries p
-            WHERE p.channel = d.channel AND p.consumer_group = d.consumer_group AND p.key = d.key
-              AND (p.status IN ('pending', 'running') OR p.holds_key)
-              AND (p.event_id < d.event_id OR p.status = 'running')
-            ORDER BY p.event_id LIMIT 1) IS NULL)
+      AND (d.key IS NULL OR NOT lane.catching_up AND {first("d")})
     ORDER BY d.due_at, d.event_id
     LIMIT $4::integer FOR UPDATE SKIP LOCKED
   ) d LIMIT $4
@@ -135,14 +158,15 @@ RETURNING {_LEASE}, {_EVENT}{selected}"""
         # $1 channel, $2 group.
         self.lock_group: Final = f"""
 SELECT g.max_running FROM {s}.consumer_groups g
-WHERE g.channel = $1::text AND g.consumer_group = $2::text AND g.paused_at IS NULL FOR NO KEY UPDATE"""
+WHERE g.channel = $1::text AND g.consumer_group = $2::text AND g.paused_at IS NULL FOR NO KEY UPDATE SKIP LOCKED"""
         self.count_running: Final = f"""
 SELECT count(*) FROM {s}.deliveries d
 WHERE d.status = 'running' AND d.channel = $1::text AND d.consumer_group = $2::text"""
-        # Those of the groups that are limited: $1 channel, $2 groups.
+        # Those of the groups that are limited, and not paused: $1 channel, $2 groups.
         self.limited_groups: Final = f"""
 SELECT g.consumer_group FROM {s}.consumer_groups g
-WHERE g.channel = $1::text AND g.consumer_group = ANY ($2::text[]) AND g.max_running IS NOT NULL"""
+WHERE g.channel = $1::text AND g.consumer_group = ANY ($2::text[]) AND g.max_running IS NOT NULL
+  AND g.paused_at IS NULL"""
         # Whether such a delivery is due: $1 channel, $2 groups. It has an index of its own.
         self.suspects: Final = f"""
 SELECT EXISTS (SELECT FROM {s}.deliveries d JOIN {s}.consumer_groups g USING (channel, consumer_group)
@@ -202,13 +226,15 @@ WITH done AS (
 ), {promoted}
 SELECT (SELECT count(*) FROM done) AS rows, (SELECT count(*) FROM told) AS told"""
 
-        # No handler here knows the type: $1 to $4 fence.
+        # No handler here knows the type: $1 to $4 fence. As long as another process does, as in a rolling deploy, it
+        # keeps its place in its key.
         self.unhandle: Final = f"""
 WITH done AS (
   UPDATE {s}.deliveries d
-  SET status = 'unhandled', worker_id = NULL, claimed_at = NULL, attempt = greatest(d.attempt - 1, 0)
+  SET status = 'unhandled', worker_id = NULL, claimed_at = NULL, attempt = greatest(d.attempt - 1, 0),
+      holds_key = d.key IS NOT NULL AND {declared("d")}
   WHERE {fence}
-  RETURNING d.channel, d.consumer_group, d.key, d.key IS NOT NULL AS promotes
+  RETURNING d.channel, d.consumer_group, d.key, d.key IS NOT NULL AND NOT d.holds_key AS promotes
 ), {promoted}
 SELECT (SELECT count(*) FROM done) AS rows, (SELECT count(*) FROM told) AS told"""
 
@@ -242,13 +268,23 @@ WITH RECURSIVE t AS (
 )
 SELECT consumer_group, type FROM t LIMIT 10000"""
 
+        # Those that hold their key for a process that is not there any more let it go.
+        self.let_go: Final = f"""
+WITH stale AS MATERIALIZED (
+  SELECT d.ctid AS place FROM {s}.deliveries d
+  WHERE d.status = 'unhandled' AND d.holds_key AND NOT {declared("d")}
+  ORDER BY d.channel, d.consumer_group, d.type LIMIT 1000 FOR UPDATE OF d SKIP LOCKED
+)
+UPDATE {s}.deliveries d SET holds_key = false FROM stale WHERE d.ctid = stale.place"""
+
         # Adopt one type: $1 worker, $2 channel, $3 group, $4 type, $5 limit. What is due goes straight to running, or
-        # an old worker of a rolling deploy would take it back again and again; the rest waits as it would have.
+        # an old worker of a rolling deploy would take it back again and again; the rest waits as it would have. What
+        # has a key waits for its turn, unless it held it.
         self.adopt: Final = f"""
 WITH due AS MATERIALIZED (
   SELECT d.ctid AS place, d.event_id,
-         CASE WHEN d.key IS NOT NULL THEN 'blocked' WHEN d.due_at > now() OR d.lost > 0 OR g.waits THEN 'pending'
-              ELSE 'running' END AS status
+         CASE WHEN d.key IS NOT NULL AND NOT (d.holds_key AND {first("d")}) THEN 'blocked'
+              WHEN d.due_at > now() OR d.lost > 0 OR g.waits THEN 'pending' ELSE 'running' END AS status
   FROM {s}.deliveries d, (
     SELECT coalesce(bool_or(g.max_running IS NOT NULL OR g.paused_at IS NOT NULL), false) AS waits
     FROM {s}.consumer_groups g WHERE g.channel = $2::text AND g.consumer_group = $3::text) g
@@ -256,7 +292,7 @@ WITH due AS MATERIALIZED (
   ORDER BY d.event_id LIMIT $5::integer FOR UPDATE OF d SKIP LOCKED
 )
 UPDATE {s}.deliveries d
-SET status = due.status,
+SET status = due.status, holds_key = false,
     worker_id = CASE WHEN due.status = 'running' THEN $1::bigint END,
     claimed_at = CASE WHEN due.status = 'running' THEN clock_timestamp() END,
     attempt = d.attempt + CASE WHEN due.status = 'running' THEN 1 ELSE 0 END,
@@ -277,16 +313,20 @@ SELECT extract(epoch FROM clock_timestamp())::double precision AS clock, extract
     AND {may_run_more}
 ))::double precision AS due"""
 
-        # Keys whose head finished unseen by the transaction that inserted the next one. A skip scan over the waiting.
+        # Keys whose head finished unseen by the transaction that inserted the next one, or got an earlier event. A skip
+        # scan over the waiting: behind $1 channel, $2 group, $3 key, at most $4 keys. Returns where it ended, NULL when
+        # it has come to the end.
         self.sweep: Final = f"""
 WITH RECURSIVE k AS (
-  (SELECT d.channel, d.consumer_group, d.key FROM {s}.deliveries d WHERE d.status = 'blocked'
+  (SELECT d.channel, d.consumer_group, d.key, 1 AS n FROM {s}.deliveries d
+   WHERE d.status = 'blocked' AND (d.channel, d.consumer_group, d.key) > ($1::text, $2::text, $3::text)
    ORDER BY d.channel, d.consumer_group, d.key LIMIT 1)
   UNION ALL
-  SELECT n.channel, n.consumer_group, n.key FROM k CROSS JOIN LATERAL (
+  SELECT n.channel, n.consumer_group, n.key, k.n + 1 FROM k CROSS JOIN LATERAL (
     SELECT d.channel, d.consumer_group, d.key FROM {s}.deliveries d
     WHERE d.status = 'blocked' AND (d.channel, d.consumer_group, d.key) > (k.channel, k.consumer_group, k.key)
     ORDER BY d.channel, d.consumer_group, d.key LIMIT 1) n
+  WHERE k.n < $4::integer
 ), heads AS MATERIALIZED (
   SELECT b.event_id, b.consumer_group FROM k CROSS JOIN LATERAL (
     SELECT b.event_id, b.consumer_group FROM {s}.deliveries b
@@ -295,6 +335,7 @@ WITH RECURSIVE k AS (
   WHERE (SELECT p.event_id FROM {s}.deliveries p
          WHERE p.channel = k.channel AND p.consumer_group = k.consumer_group AND p.key = k.key
            AND (p.status IN ('pending', 'running') OR p.holds_key)
+           AND (p.event_id < b.event_id OR p.status = 'running')
          ORDER BY p.event_id LIMIT 1) IS NULL
 ), free AS MATERIALIZED (
   -- the first of a key or none: passing over it to the second would be another order
@@ -302,8 +343,9 @@ WITH RECURSIVE k AS (
   WHERE d.status = 'blocked' ORDER BY d.event_id, d.consumer_group FOR UPDATE OF d SKIP LOCKED
 ), done AS (
   UPDATE {s}.deliveries n SET status = 'pending' FROM free WHERE n.ctid = free.place RETURNING n.channel
-)
-SELECT pg_notify(c.channel, '') FROM (SELECT DISTINCT channel FROM done) c"""
+), told AS MATERIALIZED (SELECT pg_notify(c.channel, '') FROM (SELECT DISTINCT channel FROM done) c)
+SELECT (SELECT count(*) FROM done) AS promoted, (SELECT count(*) FROM told) AS told, l.channel, l.consumer_group, l.key
+FROM (SELECT 1) one LEFT JOIN k AS l ON l.n = $4"""
 
         # Workers that own running deliveries or have not ended, and whether their advisory lock is held. `fresh` says
         # that the server has just started: all locks vanished at once while the workers lived.
@@ -355,23 +397,44 @@ SELECT pid, backend_start FROM pg_catalog.pg_stat_activity WHERE pid = pg_backen
 SELECT EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
     AND l.classid = ($1::bigint >> 32)::oid AND l.objid = ($1::bigint & 4294967295)::oid AND l.pid = $2::integer)"""
         self.notify: Final = "SELECT pg_notify($1::text, $2::text)"
+        self.serve: Final = f"UPDATE {s}.workers SET groups = $2::text[] WHERE id = $1::bigint AND groups <> $2"
         self.set_idle: Final = (
             f"UPDATE {s}.workers SET idle = $2::boolean WHERE id = $1::bigint AND idle <> $2 AND ended_at IS NULL"
         )
         self.sign_off: Final = f"""
 UPDATE {s}.workers SET ended_at = clock_timestamp(), idle = false WHERE id = $1::bigint AND ended_at IS NULL"""
 
-        # $1 channel, $2 groups.
+        # New groups, as they are declared: $1 channel, $2 groups, $3 max_running, $4 dead_holds_key.
         self.ensure_groups: Final = f"""
-INSERT INTO {s}.consumer_groups (channel, consumer_group) SELECT $1::text, unnest($2::text[]) ON CONFLICT DO NOTHING"""
-        # What was declared of them, where it is another: $1 channel, $2 groups, $3 max_running, $4 dead_holds_key.
-        self.configure_groups: Final = f"""
-UPDATE {s}.consumer_groups g
-SET max_running = coalesce(u.max_running, g.max_running), dead_holds_key = coalesce(u.dead_holds_key, g.dead_holds_key)
+INSERT INTO {s}.consumer_groups (channel, consumer_group, max_running, dead_holds_key)
+SELECT $1::text, u.consumer_group, u.max_running, coalesce(u.dead_holds_key, false)
 FROM unnest($2::text[], $3::integer[], $4::boolean[]) u(consumer_group, max_running, dead_holds_key)
-WHERE g.channel = $1::text AND g.consumer_group = u.consumer_group
-  AND (u.max_running <> g.max_running OR u.max_running IS NOT NULL AND g.max_running IS NULL
-       OR u.dead_holds_key <> g.dead_holds_key)"""
+WHERE NOT EXISTS (SELECT FROM {s}.consumer_groups g
+                  WHERE g.channel = $1::text AND g.consumer_group = u.consumer_group)
+ORDER BY u.consumer_group ON CONFLICT DO NOTHING"""
+        # What was declared of them, where it is another: $1 to $4 as above. Returns how many there are to be changed
+        # that somebody has locked. Dead deliveries let go of keys that they are not to hold any more.
+        self.configure_groups: Final = f"""
+WITH other AS MATERIALIZED (
+  SELECT g.channel, g.consumer_group, coalesce(u.max_running, g.max_running) AS max_running,
+         coalesce(u.dead_holds_key, g.dead_holds_key) AS dead_holds_key
+  FROM {s}.consumer_groups g
+  JOIN unnest($2::text[], $3::integer[], $4::boolean[]) u(consumer_group, max_running, dead_holds_key)
+    USING (consumer_group)
+  WHERE g.channel = $1::text AND (u.max_running IS DISTINCT FROM g.max_running AND u.max_running IS NOT NULL
+    OR u.dead_holds_key <> g.dead_holds_key)
+), free AS MATERIALIZED (
+  SELECT g.ctid AS place, o.* FROM {s}.consumer_groups g JOIN other o USING (channel, consumer_group)
+  ORDER BY g.consumer_group FOR NO KEY UPDATE OF g SKIP LOCKED
+), done AS (
+  UPDATE {s}.consumer_groups g SET max_running = f.max_running, dead_holds_key = f.dead_holds_key
+  FROM free f WHERE g.ctid = f.place RETURNING g.channel, g.consumer_group, g.dead_holds_key
+), freed AS (
+  UPDATE {s}.deliveries d SET holds_key = false FROM done
+  WHERE NOT done.dead_holds_key AND d.status = 'dead' AND d.holds_key AND d.channel = done.channel
+    AND d.consumer_group = done.consumer_group
+)
+SELECT (SELECT count(*) FROM other) - (SELECT count(*) FROM done) AS locked"""
         # New patterns: $1 channel, $2 groups, $3 patterns, $4 "now", "beginning" or a moment, $5 our schema. What is
         # inserted from now on has ids above the last that was given out. The trigger serves everybody whose snapshot is
         # newer than this; the others are served by the backfill.
@@ -382,11 +445,11 @@ WITH fresh AS MATERIALIZED (
   WHERE NOT EXISTS (SELECT FROM {s}.subscriptions k WHERE k.channel = $1::text
                     AND k.consumer_group = u.consumer_group AND k.pattern = u.pattern)
 )
-INSERT INTO {s}.subscriptions (channel, consumer_group, pattern, since_event_id)
-SELECT $1::text, f.consumer_group, f.pattern, CASE f.start WHEN 'beginning' THEN 0
-  WHEN 'now' THEN coalesce(pg_sequence_last_value(pg_get_serial_sequence(quote_ident($5::text) || '.events', 'id')), 0)
-  ELSE (SELECT coalesce(max(e.id), 0) FROM {s}.events e WHERE e.created_at < f.start::timestamptz) END
-FROM fresh f ON CONFLICT DO NOTHING"""
+INSERT INTO {s}.subscriptions (channel, consumer_group, pattern, since_event_id, start_at)
+SELECT $1::text, f.consumer_group, f.pattern, CASE f.start WHEN 'now' THEN
+    coalesce(pg_sequence_last_value(pg_get_serial_sequence(quote_ident($5::text) || '.events', 'id')), 0) ELSE 0 END,
+  CASE f.start WHEN 'now' THEN NULL WHEN 'beginning' THEN '-infinity' ELSE f.start::timestamptz END
+FROM fresh f ORDER BY f.consumer_group, f.pattern ON CONFLICT DO NOTHING"""
         # That a running process still has them, about once a minute: $1 channel, $2 groups, $3 patterns.
         self.declare: Final = f"""
 UPDATE {s}.subscriptions k SET declared_at = now()
@@ -395,36 +458,42 @@ WHERE k.channel = $1::text AND k.consumer_group = u.consumer_group AND k.pattern
   AND k.declared_at < now() - interval '1 minute'"""
         # Patterns that are still to be backfilled: $1 channel.
         self.backfills: Final = f"""
-SELECT k.consumer_group, k.pattern, k.since_event_id FROM {s}.subscriptions k
+SELECT k.consumer_group, k.pattern, k.since_event_id, k.created_at::text AS created FROM {s}.subscriptions k
 WHERE k.channel = $1::text AND k.backfilled_at IS NULL ORDER BY k.consumer_group, k.pattern LIMIT 1000"""
         # Who is in a transaction now, prepared ones included: whose snapshot may be older than a subscription. Of other
         # roles' processes the kind is not shown, so what is not known to be a vacuum counts.
         self.in_flight: Final = """
-SELECT l.virtualtransaction AS who FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a USING (pid)
+SELECT l.virtualtransaction AS who, false AS prepared
+FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a USING (pid)
 WHERE l.locktype = 'virtualxid' AND l.granted AND a.datname = current_database() AND l.pid <> pg_backend_pid()
   AND a.backend_type IS DISTINCT FROM 'autovacuum worker'
-UNION ALL SELECT p.gid FROM pg_catalog.pg_prepared_xacts p WHERE p.database = current_database()"""
+UNION ALL SELECT p.gid, true FROM pg_catalog.pg_prepared_xacts p WHERE p.database = current_database()"""
         self.last_event_id: Final = f"SELECT coalesce(max(e.id), 0) FROM {s}.events e"
         # $1 channel, $2 group, $3 pattern, $4 above this id, $5 up to this one, $6 how many events to look at. An event
-        # is locked, so that it cannot be pruned meanwhile. What was unhandled, because nobody wanted it, is not any
-        # more, now that somebody does.
+        # is locked, so that it cannot be pruned meanwhile; one that somebody else has locked is `missed`, and looked at
+        # again. What was unhandled, because nobody wanted it, is not any more, now that somebody does.
         self.backfill: Final = f"""
 WITH mine AS MATERIALIZED (
-  SELECT k.pattern, k.prefix, k.regex FROM {s}.subscriptions k
+  SELECT k.pattern, k.prefix, k.regex, coalesce(k.start_at, '-infinity') AS start_at FROM {s}.subscriptions k
   WHERE k.channel = $1::text AND k.consumer_group = $2::text AND k.pattern = $3::text
 ), looked AS MATERIALIZED (
   SELECT e.id FROM {s}.events e WHERE e.id > $4::bigint AND e.id <= $5::bigint ORDER BY e.id LIMIT $6::integer
+), wanted AS MATERIALIZED (
+  SELECT e.id FROM looked JOIN {s}.events e USING (id)
+  WHERE e.channel = $1 AND (SELECT true FROM mine k WHERE e.created_at >= k.start_at AND (k.pattern = e.type
+    OR (starts_with(e.type || '.', k.prefix) AND (k.regex IS NULL OR e.type || '.' ~ k.regex))))
 ), found AS MATERIALIZED (
-  SELECT e.id, e.run_at, e.priority, e.channel, e.type, e.key FROM looked JOIN {s}.events e USING (id)
-  WHERE e.channel = $1 AND (SELECT true FROM mine k WHERE k.pattern = e.type
-    OR (starts_with(e.type || '.', k.prefix) AND (k.regex IS NULL OR e.type || '.' ~ k.regex)))
-  ORDER BY e.id FOR KEY SHARE OF e
+  SELECT e.id, e.id AS event_id, e.run_at, e.priority, e.channel, $2::text AS consumer_group, e.type, e.key
+  FROM wanted JOIN {s}.events e USING (id) ORDER BY e.id FOR KEY SHARE OF e SKIP LOCKED
+), missed AS MATERIALIZED (
+  SELECT min(w.id) AS id FROM wanted w LEFT JOIN found f USING (id) WHERE f.id IS NULL
 ), made AS (
   INSERT INTO {s}.deliveries (event_id, due_at, priority, channel, consumer_group, type, key, status)
-  SELECT f.id, f.run_at, f.priority, f.channel, $2, f.type, f.key,
-         CASE WHEN f.key IS NULL THEN 'pending' ELSE 'blocked' END
+  SELECT f.id, f.run_at, f.priority, f.channel, f.consumer_group, f.type, f.key,
+         CASE WHEN f.key IS NULL OR (row_number() OVER (PARTITION BY f.key ORDER BY f.id) = 1 AND {first("f")})
+              THEN 'pending' ELSE 'blocked' END
   FROM found f ON CONFLICT DO NOTHING RETURNING event_id
-), wanted AS (
+), unwanted AS (
   DELETE FROM {s}.deliveries d USING made
   WHERE d.event_id = made.event_id AND $2 <> 'default' AND d.consumer_group = 'default' AND d.status = 'unhandled'
     AND NOT EXISTS (SELECT FROM {s}.subscriptions o WHERE o.channel = d.channel AND o.consumer_group = 'default'
@@ -434,10 +503,13 @@ WITH mine AS MATERIALIZED (
   SELECT pg_notify($1, '') WHERE EXISTS (SELECT FROM made)
 )
 SELECT (SELECT count(*) FROM made) AS made, (SELECT max(id) FROM looked) AS reached,
-       (SELECT count(*) FROM told) AS told"""
+       (SELECT id FROM missed) AS missed, (SELECT count(*) FROM told) AS told"""
         self.backfilled: Final = f"""
-UPDATE {s}.subscriptions k SET backfilled_at = now()
-WHERE k.channel = $1::text AND k.consumer_group = $2::text AND k.pattern = $3::text"""
+WITH done AS (
+  UPDATE {s}.subscriptions k SET backfilled_at = now()
+  WHERE k.channel = $1::text AND k.consumer_group = $2::text AND k.pattern = $3::text
+), told AS MATERIALIZED (SELECT pg_notify($1::text, ''))
+SELECT count(*) FROM told"""
 
         # Events that every group has finished long enough ago: $1 seconds, $2 limit. Deliveries go with them. A dead
         # or unfinished delivery keeps its event.
@@ -463,6 +535,10 @@ SELECT (SELECT count(*) FROM gone) + (SELECT count(*) FROM orphans)"""
 DELETE FROM {s}.workers w WHERE w.ended_at < now() - interval '1 day'
   AND NOT EXISTS (SELECT FROM {s}.deliveries d WHERE d.worker_id = w.id AND d.status = 'running')"""
 
+        # Whether the role may know which id was given out last: $1 schema.
+        self.may_read_sequence: Final = """
+SELECT has_sequence_privilege(q.name, 'SELECT') OR has_sequence_privilege(q.name, 'USAGE')
+FROM (SELECT pg_get_serial_sequence(quote_ident($1::text) || '.events', 'id') AS name) q"""
         self.has_version: Final = """
 SELECT EXISTS (SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
   WHERE n.nspname = $1::text AND p.proname = 'schema_version' AND p.pronargs = 0)"""

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import asyncpg
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -25,6 +25,9 @@ from pgebus.groups import Group
 
 # Far above what any of our statements takes, far below what a person would wait for.
 ANSWER_SECONDS: Final = 15.0
+_T = TypeVar("_T")
+# How often a claim that lost a race for a key is simply repeated.
+_KEY_TRIES: Final = 3
 
 
 class Line:
@@ -107,10 +110,22 @@ async def driver_of(connection: AsyncConnection) -> asyncpg.Connection[asyncpg.R
     return driver
 
 
+async def _unless_raced(claim: Callable[[], Awaitable[_T]]) -> _T:
+    """Claim; again, at once, when a lower id of a key became visible between two claims and both were to run."""
+    for _ in range(_KEY_TRIES):
+        with contextlib.suppress(asyncpg.UniqueViolationError):
+            return await claim()
+    return await claim()
+
+
 async def _discard(connection: AsyncConnection) -> None:
     async with asyncio.timeout(5):
         await connection.invalidate()
         await connection.close()
+
+
+# A key of a group of a channel.
+Place: TypeAlias = tuple[str, str, str]
 
 
 class Backfill(NamedTuple):
@@ -119,6 +134,7 @@ class Backfill(NamedTuple):
     group: str
     pattern: str
     since: int
+    created: str
 
 
 class Store:
@@ -149,18 +165,30 @@ class Store:
 
         When this raises, deliveries may have been claimed all the same: see `strays()`.
         """
-        rows = await self._line.fetch(self._claiming().claim, worker_id, self._channel, list(groups), limit)
+        rows = await self._claimed(self._claiming().claim, worker_id, self._channel, list(groups), limit)
         rows.sort(key=lambda row: (row["lane"], row["due"], row["event_id"]))
         return [Lease.from_row(row, worker_id) for row in rows]
 
-    async def claim_limited(self, worker_id: int, group: str, limit: int, *, suspect: bool = False) -> list[Lease]:
-        """Claim up to *limit* due deliveries of a limited group, as far as all workers together may run them."""
+    async def _claimed(self, sql: str, *args: object) -> list[asyncpg.Record]:
+        return await _unless_raced(lambda: self._line.fetch(sql, *args))
+
+    async def claim_limited(
+        self, worker_id: int, group: str, limit: int, *, suspect: bool = False
+    ) -> list[Lease] | None:
+        """Claim up to *limit* due deliveries of a limited group, as far as all workers together may run them.
+
+        Returns:
+            The leases; None when another worker is just doing that, or somebody has locked the group.
+        """
+        return await _unless_raced(lambda: self._claim_limited(worker_id, group, limit, suspect=suspect))
+
+    async def _claim_limited(self, worker_id: int, group: str, limit: int, *, suspect: bool) -> list[Lease] | None:
         sql = self._claiming()
         claim = sql.claim_limited_suspect if suspect else sql.claim_limited
         async with self._line.transaction() as fetch:
             rows = await fetch(sql.lock_group, self._channel, group)
             if not rows:
-                return []
+                return None
             if (most := rows[0]["max_running"]) is not None:
                 running = (await fetch(sql.count_running, self._channel, group))[0]["count"]
                 limit = min(limit, most - running)
@@ -175,7 +203,7 @@ class Store:
 
     async def claim_suspect(self, worker_id: int, groups: Sequence[str]) -> list[Lease]:
         """Claim one due delivery in whose hands a worker died, if there is one."""
-        rows = await self._line.fetch(self._claiming().claim_suspect, worker_id, self._channel, list(groups), 1)
+        rows = await self._claimed(self._claiming().claim_suspect, worker_id, self._channel, list(groups), 1)
         return [Lease.from_row(row, worker_id) for row in rows]
 
     async def suspects(self, groups: Sequence[str]) -> bool:
@@ -188,7 +216,7 @@ class Store:
 
     async def adopt(self, worker_id: int, group: str, event_type: str, limit: int) -> tuple[int, list[Lease]]:
         """Take up to *limit* unhandled deliveries of one type; return how many, and the leases of those to run now."""
-        rows = await self._line.fetch(self._claiming().adopt, worker_id, self._channel, group, event_type, limit)
+        rows = await self._claimed(self._claiming().adopt, worker_id, self._channel, group, event_type, limit)
         rows.sort(key=lambda row: row["event_id"])
         return len(rows), [Lease.from_row(row, worker_id) for row in rows if row["status"] == "running"]
 
@@ -256,13 +284,18 @@ class Store:
         """Say that this worker has ended."""
         await self._line.fetch(self._sql.sign_off, worker_id)
 
-    async def declare_groups(self, groups: Sequence[Group], *, configure: bool) -> None:
-        """Write *groups*; what was declared of those that are there already only if *configure* says so."""
+    async def declare_groups(self, groups: Sequence[Group], *, configure: bool) -> bool:
+        """Write *groups*; what was declared of those that are there already only if *configure* says so.
+
+        Returns:
+            Whether that is done; somebody may have locked one of them.
+        """
         names = [group.name for group in groups]
-        await self._line.fetch(self._sql.ensure_groups, self._channel, names)
-        if configure:
-            most, holding = [group.max_running for group in groups], [group.dead_holds_key for group in groups]
-            await self._line.fetch(self._sql.configure_groups, self._channel, names, most, holding)
+        options = [group.max_running for group in groups], [group.dead_holds_key for group in groups]
+        await self._line.fetch(self._sql.ensure_groups, self._channel, names, *options)
+        if not configure:
+            return True
+        return not await self._line.value(self._sql.configure_groups, self._channel, names, *options)
 
     async def subscribe(self, patterns: Sequence[tuple[str, str, str]]) -> None:
         """Write (group, pattern, start) triples; what is there already stays as it is."""
@@ -274,32 +307,47 @@ class Store:
     async def backfills(self) -> list[Backfill]:
         """Return the patterns that have not got their earlier events yet."""
         rows = await self._line.fetch(self._sql.backfills, self._channel)
-        return [Backfill(row["consumer_group"], row["pattern"], row["since_event_id"]) for row in rows]
+        return [Backfill(row["consumer_group"], row["pattern"], row["since_event_id"], row["created"]) for row in rows]
 
-    async def in_flight(self) -> frozenset[str]:
-        """Return who is in a transaction now."""
-        return frozenset(row["who"] for row in await self._line.fetch(self._sql.in_flight))
+    async def in_flight(self) -> frozenset[tuple[str, bool]]:
+        """Return who is in a transaction now, and whether it is a prepared one."""
+        return frozenset((row["who"], row["prepared"]) for row in await self._line.fetch(self._sql.in_flight))
 
     async def last_event_id(self) -> int:
         """Return the highest id of an event that is there."""
         return int(await self._line.value(self._sql.last_event_id))
 
-    async def backfill(self, what: Backfill, above: int, up_to: int, limit: int) -> tuple[int, int | None]:
+    async def backfill(self, what: Backfill, above: int, up_to: int, limit: int) -> tuple[int, int | None, int | None]:
         """Make the deliveries that up to *limit* events above an id lack.
 
         Returns:
-            How many deliveries, and the id of the last event that was looked at; None when there was none.
+            How many deliveries; the id of the last event that was looked at, None when there was none; and the first
+            id that has to be looked at again, because somebody had locked the event.
         """
-        rows = await self._line.fetch(self._sql.backfill, self._channel, *what[:2], above, up_to, limit)
-        return rows[0]["made"], rows[0]["reached"]
+        row = (await self._line.fetch(self._sql.backfill, self._channel, *what[:2], above, up_to, limit))[0]
+        return row["made"], row["reached"], row["missed"]
 
     async def backfilled(self, what: Backfill) -> None:
         """Say that a pattern has got its earlier events."""
         await self._line.fetch(self._sql.backfilled, self._channel, what.group, what.pattern)
 
-    async def sweep(self) -> int:
-        """Promote keys that lost their head unseen; return on how many channels."""
-        return len(await self._line.fetch(self._sql.sweep))
+    async def sweep(self, behind: Place, limit: int) -> tuple[int, Place | None]:
+        """Promote keys that lost their head unseen, looking at up to *limit* keys behind a place.
+
+        Returns:
+            How many, and where it ended; None when that was the end.
+        """
+        row = (await self._line.fetch(self._sql.sweep, *behind, limit))[0]
+        ended = None if row["key"] is None else (row["channel"], row["consumer_group"], row["key"])
+        return row["promoted"], ended
+
+    async def let_go(self) -> None:
+        """Free the keys that unhandled deliveries hold for processes that are not there any more."""
+        await self._line.fetch(self._sql.let_go)
+
+    async def serve(self, worker_id: int, groups: Sequence[str]) -> None:
+        """Say which groups this worker serves by now."""
+        await self._line.fetch(self._sql.serve, worker_id, list(groups))
 
     async def prune_events(self, older_than: float, limit: int) -> int:
         """Delete up to *limit* finished events older than *older_than* seconds; return how many."""

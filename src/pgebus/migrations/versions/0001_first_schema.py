@@ -65,6 +65,7 @@ CREATE TABLE {schema}.subscriptions (
         '#\\.', '([^.]+\\.)*') || '$'
     END) STORED,
   since_event_id bigint NOT NULL DEFAULT 0,
+  start_at timestamptz,
   backfilled_at timestamptz,
   created_at timestamptz NOT NULL DEFAULT now(),
   declared_at timestamptz NOT NULL DEFAULT now(),
@@ -75,6 +76,9 @@ CREATE TABLE {schema}.subscriptions (
     REFERENCES {schema}.consumer_groups ON DELETE CASCADE
 )
 """,
+    # Patterns that reach back and have not got their earlier events yet: nothing with a key may overtake those.
+    "CREATE INDEX ix_subscriptions_catching_up ON {schema}.subscriptions (channel, consumer_group)"
+    " WHERE backfilled_at IS NULL AND start_at IS NOT NULL",
     # The id is random, made by the worker, and also the key of its advisory lock: a sequence may hand out a
     # number again after a fail-over.
     """
@@ -123,7 +127,7 @@ CREATE TABLE {schema}.deliveries (
   CONSTRAINT ck_deliveries_finished
     CHECK ((status IN ('completed','dead','cancelled')) = (finished_at IS NOT NULL)),
   CONSTRAINT ck_deliveries_key CHECK ((status <> 'blocked' OR key IS NOT NULL)
-    AND (NOT holds_key OR (status = 'dead' AND key IS NOT NULL))),
+    AND (NOT holds_key OR (status IN ('dead','unhandled') AND key IS NOT NULL))),
   CONSTRAINT ck_deliveries_attempt CHECK (attempt BETWEEN 0 AND claim_seq AND lost >= 0)
 ) WITH (autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 2000,
         autovacuum_vacuum_cost_delay = 0,
@@ -137,6 +141,9 @@ CREATE TABLE {schema}.deliveries (
     "CREATE INDEX ix_deliveries_running ON {schema}.deliveries (worker_id, event_id) WHERE status = 'running'",
     "CREATE INDEX ix_deliveries_unhandled ON {schema}.deliveries (channel, consumer_group, type, event_id)"
     " WHERE status = 'unhandled'",
+    # Those that hold their key until a worker that knows their type takes them: few, and looked at every second.
+    "CREATE INDEX ix_deliveries_unhandled_head ON {schema}.deliveries (channel, consumer_group, type)"
+    " WHERE status = 'unhandled' AND holds_key",
     "CREATE INDEX ix_deliveries_dead ON {schema}.deliveries (channel, consumer_group, finished_at)"
     " WHERE status = 'dead'",
     "CREATE INDEX ix_deliveries_prunable ON {schema}.deliveries (finished_at)"
