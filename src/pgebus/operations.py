@@ -5,18 +5,40 @@ So each commits together with whatever else the caller does. It runs no handler.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Text, and_, case, cast, delete, func, literal, or_, select, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Integer,
+    ScalarSelect,
+    Subquery,
+    Text,
+    and_,
+    case,
+    cast,
+    column,
+    delete,
+    func,
+    literal,
+    or_,
+    select,
+    table,
+    union_all,
+    update,
+)
 from sqlalchemy.dialects.postgresql import aggregate_order_by
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
 from pgebus.errors import ConfigurationError, StateError
+from pgebus.groups import check_group_name
 from pgebus.models import ConsumerGroup, Delivery, Subscription, Worker
 from pgebus.names import check_channel
+from pgebus.patterns import check_pattern
 
 __all__ = [
     "BlockedKey",
@@ -33,6 +55,9 @@ __all__ = [
 # A running process says about once a minute what it has handlers for.
 _NOT_DECLARED_MINUTES: Final = 5
 
+# What is not over, or may yet be put back to pending; in the order of the fields. Each has an index of its own.
+_UNFINISHED: Final = ("pending", "blocked", "running", "dead", "unhandled")
+
 
 @dataclass(frozen=True)
 class GroupState:
@@ -41,11 +66,13 @@ class GroupState:
     Attributes:
         channel: Its channel.
         group: Its name.
+        declared: Whether a process has declared it, and nobody has removed it since. False where there are only
+            deliveries in its name: of a publisher that was under way when it was removed, or of `default`, unhandled.
         patterns: What it wants.
         forgotten: Those of the patterns that no running process has declared in the last five minutes.
         paused_at: Since when it claims nothing; None when it does.
         max_running: How many of its deliveries run at once, over all workers; None without a limit.
-        workers: How many running workers serve it.
+        workers: How many workers that are alive serve it.
         pending: Deliveries that are due or will be, those that are tried again included.
         blocked: Those that wait for another one of their key.
         running: Those that are claimed.
@@ -55,6 +82,7 @@ class GroupState:
 
     channel: str
     group: str
+    declared: bool
     patterns: tuple[str, ...]
     forgotten: tuple[str, ...]
     paused_at: datetime | None
@@ -77,7 +105,8 @@ class BlockedKey:
         key: The key.
         waiting: How many deliveries wait.
         head: The id of the event that they wait for; None for a moment, until the next sweep.
-        status: Its status: `running`, `pending` (due later, or tried again), or `dead` where that holds the key.
+        status: Its status: `running`, `pending` (due later, or tried again), or `dead` or `unhandled` where that holds
+            the key.
         since: Since when: it was claimed, is due, or died.
     """
 
@@ -93,18 +122,11 @@ class BlockedKey:
 async def list_groups(session: AsyncSession, channel: str | None = None) -> list[GroupState]:
     """Return the consumer groups of *channel*, or of all channels, in the order of their names.
 
-    Counts the deliveries that are not finished, and the dead ones.
+    Also those that are gone, or were never declared, and have deliveries all the same. Counts the deliveries that are
+    not finished, and the dead ones.
     """
-    counted = {
-        status: func.count().filter(Delivery.status == status).label(status)
-        for status in ("pending", "blocked", "running", "dead", "unhandled")
-    }
-    counts = (
-        select(Delivery.channel, Delivery.consumer_group, *counted.values())
-        .where(Delivery.status.in_(counted))
-        .group_by(Delivery.channel, Delivery.consumer_group)
-        .subquery()
-    )
+    of_channel = None if channel is None else check_channel(channel)
+    counts = _counts(of_channel)
     lately = func.now() - func.make_interval(0, 0, 0, 0, 0, _NOT_DECLARED_MINUTES)
     in_order = aggregate_order_by(Subscription.pattern, Subscription.pattern)
     patterns = (
@@ -117,34 +139,32 @@ async def list_groups(session: AsyncSession, channel: str | None = None) -> list
         .group_by(Subscription.channel, Subscription.consumer_group)
         .subquery()
     )
-    serving = (
-        select(func.count())
-        .where(
-            Worker.ended_at.is_(None),
-            Worker.channel == ConsumerGroup.channel,
-            ConsumerGroup.consumer_group == func.any(Worker.groups),
-        )
-        .scalar_subquery()
-    )
-    of_group = [ConsumerGroup.channel, ConsumerGroup.consumer_group]
+    declared = [ConsumerGroup.channel, ConsumerGroup.consumer_group]
+    of_group = [func.coalesce(declared[0], counts.c.channel), func.coalesce(declared[1], counts.c.consumer_group)]
     query = (
         select(
             *of_group,
+            ConsumerGroup.consumer_group.is_not(None),
             patterns.c.patterns,
             patterns.c.forgotten,
             ConsumerGroup.paused_at,
             ConsumerGroup.max_running,
-            serving,
-            *(func.coalesce(counts.c[status], 0) for status in counted),
+            _alive(*of_group),
+            *(func.coalesce(counts.c[status], 0) for status in _UNFINISHED),
         )
-        .outerjoin(patterns, and_(patterns.c.channel == of_group[0], patterns.c.consumer_group == of_group[1]))
-        .outerjoin(counts, and_(counts.c.channel == of_group[0], counts.c.consumer_group == of_group[1]))
+        .outerjoin_from(
+            ConsumerGroup,
+            counts,
+            and_(counts.c.channel == declared[0], counts.c.consumer_group == declared[1]),
+            full=True,
+        )
+        .outerjoin(patterns, and_(patterns.c.channel == declared[0], patterns.c.consumer_group == declared[1]))
         .order_by(*of_group)
     )
-    if channel is not None:
-        query = query.where(ConsumerGroup.channel == check_channel(channel))
+    if of_channel is not None:
+        query = query.where(of_group[0] == of_channel)
     rows: list[Any] = list(await session.execute(query))
-    return [GroupState(row[0], row[1], tuple(row[2] or ()), tuple(row[3] or ()), *row[4:]) for row in rows]
+    return [GroupState(row[0], row[1], row[2], tuple(row[3] or ()), tuple(row[4] or ()), *row[5:]) for row in rows]
 
 
 async def pause_group(session: AsyncSession, group: str, channel: str = "events") -> bool:
@@ -197,24 +217,26 @@ async def limit_group(session: AsyncSession, group: str, max_running: int | None
 async def remove_group(session: AsyncSession, group: str, channel: str = "events") -> int:
     """Remove *group* with its patterns, and cancel all of its deliveries that are not completed.
 
-    A delivery that runs is taken from its worker: it cannot be completed any more.
+    A delivery that runs is taken from its worker: it cannot be completed any more. Where the group itself is gone
+    already, what is left of its deliveries is cancelled.
 
     Returns:
         How many deliveries were cancelled.
 
     Raises:
-        ConfigurationError: If there is no such group.
-        StateError: If a running worker serves it; it would be there again a moment later.
+        ConfigurationError: If there is neither such a group nor an unfinished delivery of it.
+        StateError: If a worker that is alive serves it; or if one of the channel is alive, and a pattern of the group
+            was declared in the last five minutes. It would be there again a moment later.
     """
-    await _existing(session, group, channel)
-    serving = select(func.count()).where(
-        Worker.ended_at.is_(None), Worker.channel == channel, literal(group) == func.any(Worker.groups)
-    )
-    if count := (await session.scalars(serving)).one():
+    check_channel(channel)
+    check_group_name(group)
+    served = select(_alive(literal(channel), literal(group)))
+    if count := (await session.scalars(served)).one():
         raise StateError(
             f"Group {group!r} is served by {count} running worker(s). Stop them, or take its handlers away, first."
         )
-    await session.execute(
+    await _refuse_declared(session, group, channel)
+    removed: Any = await session.execute(
         delete(ConsumerGroup).where(ConsumerGroup.channel == channel, ConsumerGroup.consumer_group == group)
     )
     cancelled: Any = await session.execute(
@@ -222,28 +244,32 @@ async def remove_group(session: AsyncSession, group: str, channel: str = "events
         .where(
             Delivery.channel == channel,
             Delivery.consumer_group == group,
-            Delivery.status.not_in(("completed", "cancelled")),
+            # Not IN: only so is the index of each of them used.
+            or_(*(_has(status) for status in _UNFINISHED)),
         )
-        .values(
-            status="cancelled", worker_id=None, claimed_at=None, finished_at=func.clock_timestamp(), holds_key=False
-        )
+        # The transaction's clock: so a group that is declared again is younger than what its removal has cancelled.
+        .values(status="cancelled", worker_id=None, claimed_at=None, finished_at=func.now(), holds_key=False)
         .execution_options(synchronize_session=False)
     )
+    if not (removed.rowcount or cancelled.rowcount):
+        raise _missing(group, channel)
     return int(cancelled.rowcount)
 
 
 async def remove_pattern(session: AsyncSession, group: str, pattern: str, channel: str = "events") -> bool:
     """Remove one pattern of *group*: events that nothing else of it matches get no delivery of it any more.
 
-    A running process that has a handler for it writes it down again within a minute.
-
     Returns:
         Whether it was there.
 
     Raises:
-        ConfigurationError: If there is no such group.
+        ConfigurationError: If there is no such group, or the pattern is none.
+        StateError: If a worker of the channel is alive, and the pattern was declared in the last five minutes. It would
+            be there again a moment later, and the group would miss what is published until then.
     """
+    check_pattern(pattern, what="Pattern")
     await _existing(session, group, channel)
+    await _refuse_declared(session, group, channel, Subscription.pattern == pattern)
     removed: Any = await session.execute(
         delete(Subscription).where(
             Subscription.channel == channel, Subscription.consumer_group == group, Subscription.pattern == pattern
@@ -264,16 +290,16 @@ async def blocked_keys(
         limit: How many, at most; from 1.
 
     Raises:
-        ConfigurationError: If *limit* is less than 1.
+        ConfigurationError: If *limit* is no whole number from 1, or a name cannot be one.
     """
-    if limit < 1:
-        raise ConfigurationError(f"limit must be 1 or more, not {limit!r}.")
+    if not (type(limit) is int and 1 <= limit < 2**63):
+        raise ConfigurationError(f"limit must be a whole number from 1 to {2**63 - 1}, not {limit!r}.")
     of_key = [Delivery.channel, Delivery.consumer_group, Delivery.key]
     waiting = select(*of_key, func.count().label("waiting")).where(Delivery.status == "blocked").group_by(*of_key)
     if channel is not None:
         waiting = waiting.where(Delivery.channel == check_channel(channel))
     if group is not None:
-        waiting = waiting.where(Delivery.consumer_group == group)
+        waiting = waiting.where(Delivery.consumer_group == check_group_name(group))
     keys = waiting.order_by(func.count().desc(), *of_key).limit(limit).subquery()
     head = aliased(Delivery)
     first: Any = (
@@ -290,7 +316,7 @@ async def blocked_keys(
     )
     since = case(
         (first.c.status == "running", first.c.claimed_at),
-        (first.c.status == "pending", first.c.due_at),
+        (first.c.status.in_(("pending", "unhandled")), first.c.due_at),
         else_=first.c.finished_at,
     )
     query: Any = (
@@ -302,14 +328,102 @@ async def blocked_keys(
     return [BlockedKey(*row) for row in rows]
 
 
+def _has(status: str) -> ColumnElement[bool]:
+    """Return the condition, with the status in the text: a parameter would hide the partial index from the planner."""
+    return Delivery.status == literal(status, literal_execute=True)
+
+
+def _counts(channel: str | None) -> Subquery:
+    """Return a row for each group that has unfinished deliveries, with how many of each status.
+
+    One index after the other, so that the history costs nothing.
+    """
+    parts = [
+        select(
+            Delivery.channel,
+            Delivery.consumer_group,
+            literal(status, Text, literal_execute=True).label("status"),
+            func.count().label("count"),
+        )
+        .where(_has(status), *(() if channel is None else (Delivery.channel == channel,)))
+        .group_by(Delivery.channel, Delivery.consumer_group)
+        for status in _UNFINISHED
+    ]
+    each = union_all(*parts).subquery()
+    return (
+        select(
+            each.c.channel,
+            each.c.consumer_group,
+            *(func.max(each.c.count).filter(each.c.status == status).label(status) for status in _UNFINISHED),
+        )
+        .group_by(each.c.channel, each.c.consumer_group)
+        .subquery()
+    )
+
+
+def _alive(channel: ColumnElement[str], group: ColumnElement[str] | None = None) -> ScalarSelect[int]:
+    """Return how many workers of a channel, or of a group of it, are alive: their advisory lock is held.
+
+    `ended_at` alone would count for ever those that were killed, when nobody is left to notice.
+    """
+    locks = table(
+        "pg_locks",
+        *(column(name) for name in ("locktype", "database", "classid", "objid", "objsubid", "granted")),
+        schema="pg_catalog",
+    )
+    databases = table("pg_database", column("oid"), column("datname"), schema="pg_catalog")
+    here = select(databases.c.oid).where(databases.c.datname == func.current_database()).scalar_subquery()
+    # The halves of the 64-bit key.
+    key = cast(locks.c.classid, BigInteger).op("<<")(literal(32, Integer)).op("|")(cast(locks.c.objid, BigInteger))
+    held = select(key).where(
+        locks.c.locktype == "advisory", locks.c.objsubid == 1, locks.c.granted, locks.c.database == here
+    )
+    alive = select(func.count()).where(Worker.ended_at.is_(None), Worker.channel == channel, Worker.id.in_(held))
+    if group is not None:
+        alive = alive.where(group == func.any(Worker.groups))
+    return alive.scalar_subquery()
+
+
+async def _refuse_declared(session: AsyncSession, group: str, channel: str, *which: ColumnElement[bool]) -> None:
+    """Refuse what a process has declared lately, and may be about to declare again.
+
+    Whoever serves other groups only declares this one all the same, so any worker of the channel counts. Locks the
+    patterns: nobody declares them between this look and the removal.
+
+    Raises:
+        StateError: If so.
+    """
+    age = func.extract("epoch", func.clock_timestamp() - Subscription.declared_at)
+    declared = (
+        select(Subscription.pattern, age)
+        .where(Subscription.channel == channel, Subscription.consumer_group == group, *which)
+        .order_by(Subscription.pattern)
+        .with_for_update()
+    )
+    lately = [(float(seconds), pattern) for pattern, seconds in await session.execute(declared)]
+    seconds, pattern = min(lately, default=(math.inf, ""))
+    if seconds >= 60 * _NOT_DECLARED_MINUTES:
+        return
+    if count := (await session.scalars(select(_alive(literal(channel))))).one():
+        raise StateError(
+            f"Pattern {pattern!r} of group {group!r} was declared {max(0, int(seconds))} s ago, and {count} worker(s) "
+            f"of channel {channel!r} are running. Stop those that have a handler for it, or deploy them without it. "
+            f"While others run, it can be removed {_NOT_DECLARED_MINUTES} minutes after its last declaration."
+        )
+
+
+def _missing(group: str, channel: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"Channel {channel!r} has no consumer group {group!r}. list_groups() shows which there are."
+    )
+
+
 async def _existing(session: AsyncSession, group: str, channel: str) -> None:
     there = select(ConsumerGroup.consumer_group).where(
-        ConsumerGroup.channel == check_channel(channel), ConsumerGroup.consumer_group == group
+        ConsumerGroup.channel == check_channel(channel), ConsumerGroup.consumer_group == check_group_name(group)
     )
     if (await session.scalars(there)).one_or_none() is None:
-        raise ConfigurationError(
-            f"Channel {channel!r} has no consumer group {group!r}. list_groups() shows which there are."
-        )
+        raise _missing(group, channel)
 
 
 async def _change(session: AsyncSession, group: str, channel: str, another: ColumnElement[bool], **values: Any) -> bool:

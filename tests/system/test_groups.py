@@ -21,6 +21,7 @@ from pgebus import (
     EventSystem,
     Group,
     Reject,
+    operations,
 )
 from tests.system.bus import Sql, finished, publish, running, settings
 from tests.system.waiting import until
@@ -363,3 +364,35 @@ async def test_what_was_declared_is_written_at_the_start_and_left_to_the_operato
     async with running(plain, database):
         assert await sql.fetchval("SELECT count(*) FROM pgebus.consumer_groups") == 1
     assert [tuple(row) for row in await sql.fetch(select)] == [(7, False)]
+
+
+async def test_a_group_that_comes_back_from_the_beginning_gets_what_its_removal_had_cancelled(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql
+) -> None:
+    """And neither what it had completed, nor what a person has cancelled since."""
+    seen: list[int] = []
+
+    def served() -> EventRouter:
+        router = EventRouter(group=Group("g", start="beginning"))
+
+        @router.on("a", name="h")
+        async def handle(ctx: EventContext, _payload: dict[str, Any]) -> None:
+            seen.append(ctx.event_id)
+
+        return router
+
+    async with running(served(), database):
+        done = await publish(sm, "a")
+        await finished(sql, done)
+    left = [await publish(sm, "a") for _ in range(2)]
+    async with sm.session() as session:
+        await operations.remove_group(session, "g")
+        await session.commit()
+    await sql.execute(
+        "UPDATE pgebus.deliveries SET finished_at = now() + interval '1 hour' WHERE event_id = $1", left[1]
+    )
+    async with running(served(), database):
+        await finished(sql, left[0])
+        await backfilled(sql)
+    assert seen == [done, left[0]]
+    assert await sql.fetchval("SELECT status FROM pgebus.deliveries WHERE event_id = $1", left[1]) == "cancelled"

@@ -89,6 +89,7 @@ def test_nothing_else_writes_on_a_running_delivery(name: str) -> None:
         "adopt": "d.status = 'unhandled'",
         "sweep": "JOIN heads h USING (event_id, consumer_group) WHERE d.status = 'blocked'",
         "recover": "pg_try_advisory_xact_lock(w)",
+        "backfill": "d.status = 'cancelled' AND d.finished_at <=",
         "let_go": "d.status = 'unhandled' AND d.holds_key",
         "configure_groups": "d.status = 'dead' AND d.holds_key",
     }

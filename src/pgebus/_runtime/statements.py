@@ -487,12 +487,22 @@ WITH mine AS MATERIALIZED (
   FROM wanted JOIN {s}.events e USING (id) ORDER BY e.id FOR KEY SHARE OF e SKIP LOCKED
 ), missed AS MATERIALIZED (
   SELECT min(w.id) AS id FROM wanted w LEFT JOIN found f USING (id) WHERE f.id IS NULL
+), placed AS MATERIALIZED (
+  SELECT f.*, CASE WHEN f.key IS NULL OR (row_number() OVER (PARTITION BY f.key ORDER BY f.id) = 1 AND {first("f")})
+                   THEN 'pending' ELSE 'blocked' END AS status
+  FROM found f
 ), made AS (
   INSERT INTO {s}.deliveries (event_id, due_at, priority, channel, consumer_group, type, key, status)
-  SELECT f.id, f.run_at, f.priority, f.channel, f.consumer_group, f.type, f.key,
-         CASE WHEN f.key IS NULL OR (row_number() OVER (PARTITION BY f.key ORDER BY f.id) = 1 AND {first("f")})
-              THEN 'pending' ELSE 'blocked' END
-  FROM found f ON CONFLICT DO NOTHING RETURNING event_id
+  SELECT p.id, p.run_at, p.priority, p.channel, p.consumer_group, p.type, p.key, p.status
+  FROM placed p ON CONFLICT DO NOTHING RETURNING event_id
+), revived AS (
+  -- what the removal of the group had cancelled before it was declared again, not what was cancelled since
+  UPDATE {s}.deliveries d SET status = p.status, due_at = p.run_at, finished_at = NULL, attempt = 0, lost = 0,
+    round = least(d.round + 1, 32767)
+  FROM placed p
+  WHERE d.event_id = p.id AND d.consumer_group = $2 AND d.status = 'cancelled' AND d.finished_at <= (
+    SELECT g.created_at FROM {s}.consumer_groups g WHERE g.channel = $1 AND g.consumer_group = $2)
+  RETURNING d.event_id
 ), unwanted AS (
   DELETE FROM {s}.deliveries d USING made
   WHERE d.event_id = made.event_id AND $2 <> 'default' AND d.consumer_group = 'default' AND d.status = 'unhandled'
@@ -500,9 +510,9 @@ WITH mine AS MATERIALIZED (
       AND (o.pattern = d.type
            OR (starts_with(d.type || '.', o.prefix) AND (o.regex IS NULL OR d.type || '.' ~ o.regex))))
 ), told AS MATERIALIZED (
-  SELECT pg_notify($1, '') WHERE EXISTS (SELECT FROM made)
+  SELECT pg_notify($1, '') WHERE EXISTS (SELECT FROM made) OR EXISTS (SELECT FROM revived)
 )
-SELECT (SELECT count(*) FROM made) AS made, (SELECT max(id) FROM looked) AS reached,
+SELECT (SELECT count(*) FROM made) + (SELECT count(*) FROM revived) AS made, (SELECT max(id) FROM looked) AS reached,
        (SELECT id FROM missed) AS missed, (SELECT count(*) FROM told) AS told"""
         self.backfilled: Final = f"""
 WITH done AS (

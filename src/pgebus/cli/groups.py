@@ -21,7 +21,7 @@ from rich.table import Table
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from pgebus import ConfigurationError, DatabaseSessionManager, EventRouter, EventSystem, Settings, operations
-from pgebus.cli.messages import database_errors_as_messages
+from pgebus.cli.messages import FAILED, MISUSED, database_errors_as_messages, fail, told
 from pgebus.names import check_event_type
 
 _T = TypeVar("_T")
@@ -53,16 +53,20 @@ def run(what: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
 def groups(context: typer.Context, channel: Channel = None, as_json: AsJson = False) -> None:
     """List the consumer groups with their patterns and deliveries, or act on one.
 
-    A pattern in brackets was declared by no running process lately. Where
-    to look: as for `pgebus migrate`.
+    A pattern in brackets was declared by no running process lately. A group
+    that is not declared has deliveries only. Where to look: as for
+    `pgebus migrate`.
     """
     if context.invoked_subcommand is not None:
+        if as_json:
+            fail(f"--json is for the list. Leave it out with {context.invoked_subcommand!r}.", MISUSED)
+        context.obj = channel
         return None
     found = run(lambda session: operations.list_groups(session, channel))
     if as_json:
         return _write([asdict(each) for each in found])
     if not found:
-        return typer.echo("There are no consumer groups: no worker has started yet.")
+        return typer.echo(_no_groups(channel))
     _table(
         ["channel", "group", "patterns", "state", "workers", "pending", "blocked", "running", "dead", "unhandled"],
         [
@@ -84,49 +88,62 @@ def groups(context: typer.Context, channel: Channel = None, as_json: AsJson = Fa
     return None
 
 
+def _no_groups(channel: str | None) -> str:
+    others = run(operations.list_groups) if channel is not None else []
+    if not others:
+        return "There are no consumer groups: no worker has started yet."
+    names = ", ".join(repr(name) for name in sorted({each.channel for each in others}))
+    return f"Channel {channel!r} has no consumer groups. Channels that have: {names}."
+
+
 def _state(group: operations.GroupState) -> str:
+    if not group.declared:
+        return "not declared"
     limit = f", at most {group.max_running}" if group.max_running else ""
     return (f"paused since {_moment(group.paused_at)}" if group.paused_at else "active") + limit
 
 
 @app.command()
-def pause(group: Group, channel: Channel = None) -> None:
+def pause(context: typer.Context, group: Group, channel: Channel = None) -> None:
     """Let a group claim nothing more until it is resumed; what runs goes on."""
-    changed = run(lambda session: operations.pause_group(session, group, _channel(channel)))
+    changed = run(lambda session: operations.pause_group(session, group, _channel(context, channel)))
     typer.echo(f"Group {group!r} is paused." if changed else f"Group {group!r} was paused already.")
 
 
 @app.command()
-def resume(group: Group, channel: Channel = None) -> None:
+def resume(context: typer.Context, group: Group, channel: Channel = None) -> None:
     """Let a paused group claim again."""
-    changed = run(lambda session: operations.resume_group(session, group, _channel(channel)))
+    changed = run(lambda session: operations.resume_group(session, group, _channel(context, channel)))
     typer.echo(f"Group {group!r} is resumed." if changed else f"Group {group!r} was not paused.")
 
 
 @app.command()
 def limit(
+    context: typer.Context,
     group: Group,
     max_running: Annotated[int, typer.Argument(help="How many deliveries at once; 0 lifts the limit.")],
     channel: Channel = None,
 ) -> None:
     """Limit how many deliveries of a group run at once, over all workers."""
     most = max_running or None
-    run(lambda session: operations.limit_group(session, group, most, _channel(channel)))
+    run(lambda session: operations.limit_group(session, group, most, _channel(context, channel)))
     typer.echo(f"Group {group!r} runs {'without a limit' if most is None else f'at most {most} at once'}.")
 
 
 @app.command()
 def remove(
+    context: typer.Context,
     group: Group,
     pattern: Annotated[str | None, typer.Option(help="Remove this pattern alone.", show_default=False)] = None,
     channel: Channel = None,
 ) -> None:
     """Remove a group that no running worker serves, and cancel its deliveries."""
     if pattern is not None:
-        removed = run(lambda session: operations.remove_pattern(session, group, pattern, _channel(channel)))
-        typer.echo(f"Pattern {pattern!r} of group {group!r} {'is removed' if removed else 'was not there'}.")
+        if not run(lambda session: operations.remove_pattern(session, group, pattern, _channel(context, channel))):
+            fail(f"Group {group!r} has no pattern {pattern!r}. 'pgebus groups' lists those that it has.", FAILED)
+        typer.echo(f"Pattern {pattern!r} of group {group!r} is removed.")
         return
-    count = run(lambda session: operations.remove_group(session, group, _channel(channel)))
+    count = run(lambda session: operations.remove_group(session, group, _channel(context, channel)))
     typer.echo(f"Group {group!r} is removed; deliveries cancelled: {count}.")
 
 
@@ -198,30 +215,35 @@ def _found(where: str) -> EventRouter:
     """Return the router that is meant.
 
     Raises:
-        ConfigurationError: If there is none.
+        ConfigurationError: If there is none, or the program cannot be imported.
     """
     module, separator, name = where.partition(":")
-    if not (module and separator and name):
+    if not (module and separator and name) or module.startswith("."):
         raise ConfigurationError(f"{where!r} names no router. Write package.module:name, like shop.worker:system.")
     sys.path.insert(0, os.getcwd())  # noqa: PTH109 - as `python -m` does
+    # SystemExit too: a script that has no `if __name__ == "__main__"` ends here.
     try:
         value: Any = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise ConfigurationError(f"There is no module {module!r}.") from error
-    for part in name.split("."):
-        if not hasattr(value, part):
-            raise ConfigurationError(f"{module!r} has no {name!r}.")
-        value = getattr(value, part)
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{module}.".startswith(f"{missing}."):
+            raise ConfigurationError(f"There is no module {module!r}.") from error
+        raise ConfigurationError(f"Module {module!r} cannot be imported: {told(error)}.") from error
+    try:
+        for part in name.split("."):
+            value = getattr(value, part)
+    except (Exception, SystemExit) as error:
+        raise ConfigurationError(f"{where!r} cannot be read: {told(error)}.") from error
     value = value.router if isinstance(value, EventSystem) else value
     if not isinstance(value, EventRouter):
         raise ConfigurationError(f"{where!r} is neither an EventRouter nor an EventSystem.")
     return value
 
 
-def _channel(channel: str | None) -> str:
-    return Settings().event_system.channel if channel is None else channel
+def _channel(context: typer.Context, channel: str | None) -> str:
+    """Return the channel that is meant: said behind the command, before it, or in the settings."""
+    said = context.obj if channel is None else channel
+    return Settings().event_system.channel if said is None else str(said)
 
 
 def _moment(moment: datetime | None) -> str:

@@ -64,6 +64,12 @@ def _said(error: BaseException) -> str:
     return "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
 
 
+def told(error: BaseException) -> str:
+    """Return the type and the text of *error*, in one line."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def fail(message: str, status: int) -> NoReturn:
     """Say what is wrong on standard error, and exit with *status*."""
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(message, style="red")
