@@ -70,6 +70,21 @@ def insert_events(into: Session | Connection, events: Sequence[Event]) -> list[E
     return published
 
 
+def prepared(into: Session | Connection) -> Connection:
+    """Return the connection to publish on, with whatever is pending in the session flushed.
+
+    Raises:
+        SessionStateError: If nothing can be published in it.
+    """
+    _check(into)
+    if isinstance(into, Connection):
+        return into
+    into.flush()
+    if isinstance(into, DispatchSession):
+        return into.guard.connection
+    return into.connection(bind_arguments={"mapper": Event})
+
+
 def _check(into: Session | Connection) -> None:
     """Refuse what cannot publish, before anything is sent or added."""
     if isinstance(into, Connection):

@@ -80,6 +80,11 @@ def check_payload(value: object, *, limit: int) -> dict[str, Any]:
     return _checked(_dumped(value), "Payload", limit)[0]
 
 
+def check_payload_text(value: object, *, limit: int) -> str:
+    """Return the JSON text of *value*, where `check_payload()` would return a copy; with the same errors."""
+    return _checked(_dumped(value), "Payload", limit, copied=False)[1]
+
+
 def _dumped(value: object) -> object:
     """Return what pydantic makes of a model or a dataclass; anything else as it is."""
     try:
@@ -152,14 +157,14 @@ def check_run_at(value: object) -> datetime:
     )
 
 
-def _checked(value: object, what: _What, limit: int) -> tuple[dict[str, Any], str]:
+def _checked(value: object, what: _What, limit: int, *, copied: bool = True) -> tuple[dict[str, Any], str]:
     if not isinstance(value, dict):
         raise InvalidPayloadError(
             f"{what} must be a dict, a pydantic model or a dataclass, not {_type_name(value)}. Convert it first, for "
             "example with dict(...)."
         )
     if type(value) is dict and (plain := _plain(value)) is not None and len(plain) * 4 <= limit:
-        return loads(plain), plain
+        return loads(plain) if copied else value, plain
     room = [limit]
     try:
         copy = _copied_object(value, 1, room)

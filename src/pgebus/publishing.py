@@ -6,9 +6,9 @@ twice, for asynchronous and for synchronous code; the two do the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast, overload
 
 from pydantic import BaseModel
 from sqlalchemy import Connection, Engine, inspect
@@ -16,8 +16,9 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
+from pgebus._bulk import COPY_FROM, Row, as_events, checked_rows, copy_rows
 from pgebus._guard import DispatchSession
-from pgebus._inserting import insert_events
+from pgebus._inserting import insert_events, prepared
 from pgebus.errors import InvalidEventTypeError, PublishError, SessionStateError, SessionTypeError
 from pgebus.inheritance import family
 from pgebus.models import Event, check_class
@@ -30,13 +31,15 @@ __all__ = ["publish_event", "publish_event_sync", "publish_events", "publish_eve
 UnitOfWork: TypeAlias = AsyncSession | async_scoped_session[Any] | GuardedSession | AsyncConnection
 UnitOfWorkSync: TypeAlias = Session | scoped_session[Any] | Connection
 
+_R = TypeVar("_R")
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     # A default is for Python 3.13; at run time nothing asks for it.
-    from typing_extensions import TypeVar
+    from typing_extensions import TypeVar as TypeVarWithDefault
 
-    _E = TypeVar("_E", bound=Event, default=Event)
+    _E = TypeVarWithDefault("_E", bound=Event, default=Event)
 
 
 async def publish_event(
@@ -95,7 +98,7 @@ async def publish_event(
     target = _asynchronous(session)
     own = {"run_at": run_at, "headers": headers, "key": key, "dedup_key": dedup_key, "priority": priority}
     event = _made(event_type, payload, channel, own, event_class, columns)
-    return cast("_E", (await _publish(target, [event]))[0])
+    return cast("_E", (await _run(target, _insert, [event]))[0])
 
 
 def publish_event_sync(
@@ -123,20 +126,36 @@ def publish_event_sync(
     return cast("_E", _insert(target, [event])[0])
 
 
-async def publish_events(session: UnitOfWork, events: Iterable[Event]) -> list[Event]:
+@overload
+async def publish_events(session: UnitOfWork, events: Iterable[Event]) -> list[Event]: ...
+
+
+@overload
+async def publish_events(session: UnitOfWork, events: Iterable[Mapping[str, Any]]) -> list[int]: ...
+
+
+async def publish_events(
+    session: UnitOfWork, events: Iterable[Event] | Iterable[Mapping[str, Any]]
+) -> list[Event] | list[int]:
     """Publish many events in the transaction of *session*, in their order: all, or none with an error.
 
     Like `publish_event()`, with events made by the caller: subclasses of Event and all columns can be used::
 
         await publish_events(session, [Event(type="order.placed", payload={"order": 7}), ...])
 
+    As for SQLAlchemy's bulk INSERT, they may also be plain rows, by the names of the columns. No Event is made of them,
+    so hooks of the session are not run for them, and from a hundred on they go by COPY where asyncpg is the driver:
+    several times as fast::
+
+        await publish_events(session, [{"type": "order.placed", "payload": {"order": 7}}, ...])
+
     Args:
         session: As for `publish_event()`.
-        events: New events; read to its end before anything is added to the session.
+        events: New events, or rows, not both; read to its end before anything is added to the session.
 
     Returns:
-        The events as a list, with their ids. An empty one for no events, without any SQL. In the place of one whose
-        `dedup_key` was there, the one that is there, with `duplicate` true.
+        The events as a list, with their ids; for rows, the ids. An empty one for no events, without any SQL. In the
+        place of one whose `dedup_key` was there, the one that is there, with `duplicate` true.
 
     Raises:
         PublishError: If an item is no Event, has been published already, belongs to another session, or
@@ -148,15 +167,31 @@ async def publish_events(session: UnitOfWork, events: Iterable[Event]) -> list[E
         sqlalchemy.exc.SQLAlchemyError: If the INSERT fails; then, as always, the session needs a rollback.
     """
     target = _asynchronous(session)
-    batch = _batch(events, target.sync_session if isinstance(target, AsyncSession) else None)
-    return await _publish(target, batch)
+    items = _listed(events)
+    if items and not isinstance(items[0], Event):
+        rows = checked_rows(items)
+        return await _run(target, _insert_rows, rows)
+    batch = _batch(items, target.sync_session if isinstance(target, AsyncSession) else None)
+    return await _run(target, _insert, batch)
 
 
-def publish_events_sync(session: UnitOfWorkSync, events: Iterable[Event]) -> list[Event]:
+@overload
+def publish_events_sync(session: UnitOfWorkSync, events: Iterable[Event]) -> list[Event]: ...
+
+
+@overload
+def publish_events_sync(session: UnitOfWorkSync, events: Iterable[Mapping[str, Any]]) -> list[int]: ...
+
+
+def publish_events_sync(
+    session: UnitOfWorkSync, events: Iterable[Event] | Iterable[Mapping[str, Any]]
+) -> list[Event] | list[int]:
     """Publish many events from synchronous code: `publish_events()` for what `publish_event_sync()` takes."""
     target = _synchronous(session)
-    batch = _batch(events, target if isinstance(target, Session) else None)
-    return _insert(target, batch)
+    items = _listed(events)
+    if items and not isinstance(items[0], Event):
+        return _insert_rows(target, checked_rows(items))
+    return _insert(target, _batch(items, target if isinstance(target, Session) else None))
 
 
 def _asynchronous(session: object) -> AsyncSession | AsyncConnection:
@@ -201,9 +236,11 @@ def _advice(session: object) -> str:
     return "Pass the session of the transaction that the event belongs to."
 
 
-async def _publish(target: AsyncSession | AsyncConnection, events: Sequence[Event]) -> list[Event]:
+async def _run(
+    target: AsyncSession | AsyncConnection, insert: Callable[[Any, Sequence[Any]], list[_R]], events: Sequence[Any]
+) -> list[_R]:
     try:
-        return await target.run_sync(_insert, events)
+        return await target.run_sync(insert, events)
     except InvalidRequestError as error:
         if isinstance(target, AsyncConnection) and target.sync_connection is None:
             raise SessionStateError(f"The connection cannot be used to publish now: {error}") from error
@@ -220,6 +257,12 @@ def _insert(target: Session | Connection, events: Sequence[Event]) -> list[Event
         for event, headers in zip(events, merged, strict=True):
             event.headers = headers
     return insert_events(target, events)
+
+
+def _insert_rows(target: Session | Connection, rows: Sequence[Row]) -> list[int]:
+    inherited = target.guard.headers if isinstance(target, DispatchSession) else {}
+    ids = copy_rows(prepared(target), rows, inherited) if len(rows) >= COPY_FROM else None
+    return [event.id for event in _insert(target, as_events(rows))] if ids is None else ids
 
 
 def _made(
@@ -258,11 +301,14 @@ def _instance(event_type: str, event_class: object, columns: dict[str, Any]) -> 
     return cast("type[Event]", event_class)(**columns)
 
 
-def _batch(events: Iterable[Event], session: Session | None) -> list[Event]:
-    """Return *events* as a list, all of which can be published in *session*."""
-    if isinstance(events, Event) or not isinstance(events, Iterable):
-        raise PublishError(f"events must be an iterable of Event, not {_type_name(events)}.")
-    batch = list(events)
+def _listed(events: object) -> list[Any]:
+    if isinstance(events, (Event, Mapping)) or not isinstance(events, Iterable):
+        raise PublishError(f"events must be an iterable of Event or of rows, not {_type_name(events)}.")
+    return list(events)
+
+
+def _batch(batch: list[Event], session: Session | None) -> list[Event]:
+    """Return *batch*, all of which can be published in *session*."""
     seen: set[int] = set()
     for index, event in enumerate(batch):
         if not isinstance(event, Event):

@@ -1,0 +1,194 @@
+"""Many events as plain rows: checked without making an `Event` of each, and sent by COPY where that is possible.
+
+It commits nothing. Where COPY is not possible it says so, and the events go the ordinary way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import asyncpg
+from sqlalchemy import ClauseElement, Column, Connection, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.types import TypeEngine
+
+from pgebus.errors import InvalidEventTypeError, PgebusError, PublishError
+from pgebus.inheritance import family, loaded_columns
+from pgebus.models import Event
+from pgebus.names import check_channel, check_event_type, check_key, check_priority
+from pgebus.payloads import check_headers, check_payload_text, check_run_at
+
+Row = dict[str, Any]
+
+# From how many rows on: it takes one round trip more, for the ids.
+COPY_FROM: Final = 100
+
+# What a row may give of ours, and how it is checked; the payload has a limit of its own for each class.
+_CHECKS: Final[dict[str, Callable[[Any], Any]]] = {
+    "channel": check_channel,
+    "key": lambda value: check_key(value, what="key"),
+    "dedup_key": lambda value: check_key(value, what="dedup_key"),
+    "priority": check_priority,
+    "headers": check_headers,
+    "run_at": check_run_at,
+}
+
+# The ids are taken first, because COPY returns nothing. A role that may not do so, or may not read the table, of which
+# the driver asks the types, gets no row.
+_RESERVE: Final = text("""
+SELECT ARRAY(SELECT nextval(q.sequence) FROM generate_series(1, :count)) AS ids FROM (
+  SELECT pg_get_serial_sequence(:table, 'id')::regclass AS sequence, CAST(:table AS regclass) AS relation) q
+WHERE has_sequence_privilege(q.sequence, 'USAGE') AND has_table_privilege(q.relation, 'SELECT')
+""")
+
+
+def checked_rows(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Return *rows* as they can be sent, the payload as JSON text.
+
+    Raises:
+        InvalidEventTypeError, InvalidChannelError, PublishError: If one is invalid; the note of the error names its
+            index.
+    """
+    types: dict[str, _Kind] = {}
+    checked: list[Row] = []
+    for index, row in enumerate(rows):
+        try:
+            checked.append(_checked(row, types))
+        except PgebusError as error:
+            error.add_note(f"That is events[{index}].")
+            raise
+    return checked
+
+
+class _Kind:
+    """What is known of the events of one type."""
+
+    def __init__(self, event_type: str) -> None:
+        self.event_class = family.class_of(check_event_type(event_type))
+        self.columns = {key for key, _ in loaded_columns(self.event_class.__mapper__)}
+        self.limit: int = self.event_class.max_payload_bytes
+
+
+def _checked(row: Mapping[str, Any], types: dict[str, _Kind]) -> Row:
+    if not isinstance(row, Mapping):
+        raise PublishError(f"It is no mapping but {type(row).__name__[:80]}: either all events are, or none.")
+    event_type = row.get("type")
+    kind = types.get(event_type) if isinstance(event_type, str) else None
+    if kind is None:
+        if event_type is None:
+            raise InvalidEventTypeError("An event without a type: write {'type': 'order.placed', …}.", value=None)
+        kind = types[check_event_type(event_type)] = _Kind(event_type)
+    made: Row = {}
+    for name, value in row.items():
+        if name == "payload":
+            made[name] = check_payload_text(value, limit=kind.limit)
+        elif value is not None and (check := _CHECKS.get(name)) is not None:
+            made[name] = check(value)
+        elif name not in kind.columns or name in ("id", "created_at"):
+            raise PublishError(f"{kind.event_class.__qualname__} takes no {str(name)[:80]!r}.")
+        elif value is not None:
+            made[name] = value
+    return made
+
+
+def as_events(rows: Sequence[Row]) -> list[Event]:
+    """Make the events of checked *rows*, for the ordinary way."""
+    events = []
+    for row in rows:
+        given = dict(row)
+        if "payload" in given:
+            given["payload"] = json.loads(given["payload"])
+        events.append(family.class_of(given["type"])(**given))
+    return events
+
+
+def copy_rows(connection: Connection, rows: Sequence[Row], inherited: Mapping[str, Any]) -> list[int] | None:
+    """Send *rows* by COPY in the transaction of *connection*.
+
+    Args:
+        connection: One that can publish.
+        rows: Checked ones.
+        inherited: Headers that each gets besides its own.
+
+    Returns:
+        The ids, in the order of the rows; None where COPY is not possible, and nothing was inserted.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: If it fails.
+    """
+    if len(rows) < COPY_FROM or connection.dialect.driver != "asyncpg":
+        return None
+    if inherited:
+        rows = [{**row, "headers": check_headers({**inherited, **row.get("headers", {})})} for row in rows]
+    columns = _columns(rows)
+    if columns is None:
+        return None
+    schema = _schema_of(connection)
+    table = ".".join('"' + name.replace('"', '""') + '"' for name in (schema, family.table.name))
+    ids: list[int] | None = connection.execute(_RESERVE, {"count": len(rows), "table": table}).scalar_one_or_none()
+    if ids is None:
+        return None
+    ids.sort()
+    makers = [_maker(column, connection) for column in columns]
+    records = [(id_, *(make(row) for make in makers)) for id_, row in zip(ids, rows, strict=True)]
+    adapted: Any = connection.connection.dbapi_connection
+    adapted.run_async(lambda driver: _copy(driver, schema, ["id", *(str(each.name) for each in columns)], records))
+    return ids
+
+
+def _columns(rows: Sequence[Row]) -> list[Column[Any]] | None:
+    """Return the columns that any of *rows* gives; None where the others need more than COPY can do."""
+    given: set[str] = set().union(*rows)
+    columns = family.table.columns
+    if "dedup_key" in given or not given <= set(columns.keys()):  # an attribute may have another name than its column
+        return None
+    for name, column in columns.items():
+        if name not in family.own_columns and not _can_copy(column, name, rows, given=name in given):
+            return None
+    return [column for name, column in columns.items() if name in given]
+
+
+def _can_copy(column: Column[Any], name: str, rows: Sequence[Row], *, given: bool) -> bool:
+    """Return whether COPY can fill a column of the application's: it takes no expressions, and asks for no default."""
+    if type(column.type).bind_expression is not TypeEngine.bind_expression and given:
+        return False
+    if any(isinstance(row.get(name), ClauseElement) for row in rows if given):
+        return False
+    optional = column.nullable and column.default is None and column.server_default is None
+    return optional or all(name in row for row in rows)
+
+
+_DEFAULTS: Final[dict[str, Any]] = {"channel": "events", "priority": 0, "headers": {}, "payload": "{}"}
+
+
+def _maker(column: Column[Any], connection: Connection) -> Callable[[Row], Any]:
+    """Return what takes the value of a column out of a row, as the driver takes it."""
+    name = column.key
+    default = _DEFAULTS.get(name)
+    if name == "payload":
+        return lambda row: row.get(name, default)
+    processor = column.type.dialect_impl(connection.dialect).bind_processor(connection.dialect)
+    if processor is None:
+        return lambda row: row.get(name, default)
+    return lambda row: processor(row.get(name, default))
+
+
+def _schema_of(connection: Connection) -> str:
+    translated = (connection.get_execution_options().get("schema_translate_map") or {}).get(family.table.schema)
+    return translated or str(family.table.schema)
+
+
+async def _copy(
+    driver: asyncpg.Connection[asyncpg.Record], schema: str, columns: list[str], records: list[tuple[Any, ...]]
+) -> None:
+    try:
+        await driver.copy_records_to_table("events", schema_name=schema, columns=columns, records=records)
+    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        kind = IntegrityError if isinstance(error, asyncpg.IntegrityConstraintViolationError) else DBAPIError
+        raise kind(f"COPY events ({', '.join(columns)})", None, error, hide_parameters=True) from error
+    except (TimeoutError, asyncio.CancelledError):
+        driver.terminate()  # nobody knows what the next statement would meet there
+        raise
