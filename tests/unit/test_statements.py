@@ -87,7 +87,7 @@ def test_nothing_else_writes_on_a_running_delivery(name: str) -> None:
         "claim_limited": "d.status = 'pending'",
         "claim_limited_suspect": "d.status = 'pending'",
         "adopt": "d.status = 'unhandled'",
-        "sweep": "JOIN heads h USING (event_id, consumer_group) WHERE d.status = 'blocked'",
+        "sweep": "d.consumer_group = h.consumer_group AND d.status = 'blocked'",
         "recover": "pg_try_advisory_xact_lock(w)",
         "backfill": "d.status = 'cancelled' AND d.finished_at <=",
         "let_go": "d.status = 'unhandled' AND d.holds_key",

@@ -89,6 +89,10 @@ class Statements:
       SELECT count(*) FROM {s}.deliveries r
       WHERE r.status = 'running' AND r.channel = g.channel AND r.consumer_group = g.consumer_group))"""
 
+        # One by one: joined in any other way, a plan that was made when the tables were empty would read all of them.
+        event = f"""LEFT JOIN LATERAL (
+  SELECT e.* FROM {s}.events e WHERE e.id = due.event_id ORDER BY e.id LIMIT 1) e ON true"""
+
         # Whether nothing of its key is before a delivery, and none runs.
         def first(of: str) -> str:
             return f"""(
@@ -143,7 +147,7 @@ WITH served AS MATERIALIZED (
 UPDATE {s}.deliveries d
 SET status = 'running', worker_id = $1::bigint, claimed_at = clock_timestamp(), attempt = d.attempt + 1,
     claim_seq = d.claim_seq + 1
-FROM due LEFT JOIN {s}.events e ON e.id = due.event_id
+FROM due {event}
 WHERE d.ctid = due.place
 RETURNING {_LEASE}, {_EVENT}{selected}"""
 
@@ -256,17 +260,19 @@ WHERE d.worker_id = $1::bigint AND d.status = 'running'"""
         # Types with unhandled deliveries: $1 channel, $2 groups. A skip scan: one index probe for each type.
         self.unhandled_types: Final = f"""
 WITH RECURSIVE t AS (
-  (SELECT d.consumer_group, d.type FROM {s}.deliveries d
-   WHERE d.status = 'unhandled' AND d.channel = $1::text AND d.consumer_group = ANY ($2::text[])
-   ORDER BY d.consumer_group, d.type LIMIT 1)
+  SELECT g.name, (
+    SELECT d.type FROM {s}.deliveries d
+    WHERE d.status = 'unhandled' AND d.channel = $1::text AND d.consumer_group = g.name
+    ORDER BY d.type LIMIT 1) AS type
+  FROM unnest($2::text[]) g(name)
   UNION ALL
-  SELECT n.consumer_group, n.type FROM t CROSS JOIN LATERAL (
-    SELECT d.consumer_group, d.type FROM {s}.deliveries d
-    WHERE d.status = 'unhandled' AND d.channel = $1 AND d.consumer_group = ANY ($2)
-      AND (d.consumer_group, d.type) > (t.consumer_group, t.type)
-    ORDER BY d.consumer_group, d.type LIMIT 1) n
+  SELECT t.name, (
+    SELECT d.type FROM {s}.deliveries d
+    WHERE d.status = 'unhandled' AND d.channel = $1 AND d.consumer_group = t.name AND d.type > t.type
+    ORDER BY d.type LIMIT 1)
+  FROM t WHERE t.type IS NOT NULL
 )
-SELECT consumer_group, type FROM t LIMIT 10000"""
+SELECT name AS consumer_group, type FROM t WHERE type IS NOT NULL LIMIT 10000"""
 
         # Those that hold their key for a process that is not there any more let it go.
         self.let_go: Final = f"""
@@ -297,7 +303,7 @@ SET status = due.status, holds_key = false,
     claimed_at = CASE WHEN due.status = 'running' THEN clock_timestamp() END,
     attempt = d.attempt + CASE WHEN due.status = 'running' THEN 1 ELSE 0 END,
     claim_seq = d.claim_seq + CASE WHEN due.status = 'running' THEN 1 ELSE 0 END
-FROM due LEFT JOIN {s}.events e ON e.id = due.event_id
+FROM due {event}
 WHERE d.ctid = due.place
 RETURNING {_LEASE}, {_EVENT}{selected}"""
 
@@ -339,8 +345,10 @@ WITH RECURSIVE k AS (
          ORDER BY p.event_id LIMIT 1) IS NULL
 ), free AS MATERIALIZED (
   -- the first of a key or none: passing over it to the second would be another order
-  SELECT d.ctid AS place FROM {s}.deliveries d JOIN heads h USING (event_id, consumer_group)
-  WHERE d.status = 'blocked' ORDER BY d.event_id, d.consumer_group FOR UPDATE OF d SKIP LOCKED
+  SELECT f.place FROM (SELECT * FROM heads ORDER BY event_id, consumer_group) h CROSS JOIN LATERAL (
+    SELECT d.ctid AS place FROM {s}.deliveries d
+    WHERE d.event_id = h.event_id AND d.consumer_group = h.consumer_group AND d.status = 'blocked'
+    ORDER BY d.event_id LIMIT 1 FOR UPDATE SKIP LOCKED) f
 ), done AS (
   UPDATE {s}.deliveries n SET status = 'pending' FROM free WHERE n.ctid = free.place RETURNING n.channel
 ), told AS MATERIALIZED (SELECT pg_notify(c.channel, '') FROM (SELECT DISTINCT channel FROM done) c)

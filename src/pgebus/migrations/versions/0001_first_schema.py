@@ -164,10 +164,12 @@ CREATE TABLE {schema}.deliveries (
 #
 # PL/pgSQL keeps the plan of the first execution, which was made for as many rows as that one had. Joined row by row, as
 # is best for one, ten thousand events would take a hundred million steps: so `wanted` is computed once, and no nested
-# loop is planned where there is another way.
+# loop is planned where there is another way. For the same reason nothing is scanned that has an index: the table of
+# deliveries may have been empty then.
 FAN_OUT: Final = """
 CREATE FUNCTION {schema}.fan_out() RETURNS trigger LANGUAGE plpgsql
-SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_nestloop = off AS $pgebus$
+SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_nestloop = off SET enable_seqscan = off AS $pgebus$
 BEGIN
   WITH wanted AS MATERIALIZED (
     SELECT DISTINCT t.channel, t.type, coalesce(s.consumer_group, 'default') AS consumer_group,
@@ -243,11 +245,11 @@ END $pgebus$
 # The last statement of the handlers' transaction. The marker is a SET LOCAL of that transaction: when it is
 # gone, what the handlers wrote was committed or rolled back behind the guard. A function, because it must be
 # able to fail: a bare UPDATE that finds no row would let the COMMIT behind it, sent in the same message, go
-# through.
+# through. Nothing is scanned, as in fan_out().
 COMPLETE: Final = """
 CREATE FUNCTION {schema}.complete(
   p_event_id bigint, p_group text, p_claim_seq integer, p_worker_id bigint, p_marker text
-) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $pgebus$
+) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $pgebus$
 DECLARE
   v_channel text COLLATE "C";
   v_key text COLLATE "C";

@@ -1,0 +1,139 @@
+"""The hot statements stay cheap on large tables, whatever the planner knows: by the buffers that they touch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+import pytest
+from tests.postgres.plain_sql import Sql, subscribe
+
+from pgebus._runtime.connecting import PLANNER
+from pgebus._runtime.statements import Statements
+
+STATEMENTS: Final = Statements("pgebus")
+LARGE: Final = 40_000
+TABLES: Final = ("events", "deliveries", "subscriptions")
+HELD: Final = range(4 * LARGE + 1, 4 * LARGE + 101)
+
+# By number: a history, what is due tomorrow at all priorities, what is due, what nobody handles, a thousand that run,
+# and one key for which four thousand wait.
+FILL: Final = f"""
+INSERT INTO pgebus.events (type, payload) SELECT 'a.b', '{{"n": 1}}' FROM generate_series(1, 4 * {LARGE} + 5000);
+INSERT INTO pgebus.deliveries (event_id, due_at, channel, consumer_group, type, status, finished_at, key, priority,
+                               worker_id, claimed_at, claim_seq, attempt)
+SELECT n, now() + CASE WHEN n BETWEEN {LARGE} + 1 AND 2 * {LARGE} THEN interval '1 day' ELSE interval '-1 hour' END,
+  'events', CASE WHEN n % 10 = 0 THEN 'billing' ELSE 'default' END, CASE WHEN n % 2 = 0 THEN 'a.b' ELSE 'a.c' END,
+  CASE WHEN n <= {LARGE} THEN 'completed' WHEN n <= 3 * {LARGE} THEN 'pending' WHEN n <= 4 * {LARGE} THEN 'unhandled'
+       WHEN running THEN 'running' WHEN n = 4 * {LARGE} + 1001 THEN 'pending' ELSE 'blocked' END,
+  CASE WHEN n <= {LARGE} THEN now() - interval '1 hour' END, CASE WHEN n > 4 * {LARGE} + 1000 THEN 'hot' END,
+  CASE WHEN n <= 2 * {LARGE} THEN n % 10 ELSE 0 END,
+  CASE WHEN running THEN 1 END, CASE WHEN running THEN now() END, running::integer, running::integer
+FROM generate_series(1, 4 * {LARGE} + 5000) n, LATERAL (SELECT n BETWEEN {HELD.start} AND {HELD.start + 999}) r(running)
+"""
+
+_GROUPS: Final = "ARRAY['default', 'billing']"
+_LEASES: Final = (
+    f"ARRAY{[*HELD]}, ARRAY{['billing' if n % 10 == 0 else 'default' for n in HELD]}, ARRAY{[1 for _ in HELD]}, 1"
+)
+
+
+class Case(NamedTuple):
+    """A statement, what it is called with, and how many buffers it may touch."""
+
+    sql: str
+    arguments: str
+    buffers: int
+
+
+CASES: Final = {
+    # About twenty for each row, index entries and the event included.
+    "claim": Case(STATEMENTS.claim, f"1, 'events', {_GROUPS}, 100", 4_000),
+    "claim_one": Case(STATEMENTS.claim, f"1, 'events', {_GROUPS}, 1", 300),
+    "claim_suspect": Case(STATEMENTS.claim_suspect, f"1, 'events', {_GROUPS}, 1", 300),
+    "suspects": Case(STATEMENTS.suspects, f"'events', {_GROUPS}", 100),
+    "next_due": Case(STATEMENTS.next_due, f"'events', {_GROUPS}", 300),
+    "complete": Case(STATEMENTS.complete, _LEASES, 4_000),
+    "complete_keyed": Case(STATEMENTS.complete_keyed, _LEASES, 4_000),
+    "release": Case(STATEMENTS.release, _LEASES, 4_000),
+    "unhandled_types": Case(STATEMENTS.unhandled_types, f"'events', {_GROUPS}", 300),
+    "adopt": Case(STATEMENTS.adopt, "1, 'events', 'default', 'a.b', 100", 4_000),
+    "sweep": Case(STATEMENTS.sweep, "'', '', '', 5000", 300),
+    "let_go": Case(STATEMENTS.let_go, "", 100),
+    "leases_of": Case(STATEMENTS.leases_of, "2", 100),
+}
+
+
+def _calls() -> Iterator[tuple[str, str]]:
+    for name, case in CASES.items():
+        yield name, f"EXECUTE {name} ({case.arguments})" if case.arguments else f"EXECUTE {name}"
+
+
+async def _touched(sql: Sql, call: str) -> int:
+    """Return how many buffers *call* touches; what it changes is rolled back."""
+    transaction = sql.transaction()
+    await transaction.start()
+    try:
+        text: str = await sql.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {call}")
+    finally:
+        await transaction.rollback()
+    plan: dict[str, Any] = json.loads(text)[0]["Plan"]
+    buffers: int = plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+    return buffers
+
+
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+@pytest.mark.parametrize("known", ["everything", "nothing", "that the tables are empty"])
+async def test_a_hot_statement_touches_a_bounded_number_of_buffers(sql: Sql, known: str, mode: str) -> None:
+    """With generic plans also those that were made, and kept, when there was nothing in the tables."""
+    await sql.execute("".join(f"ALTER TABLE pgebus.{name} SET (autovacuum_enabled = false);" for name in TABLES))
+    await sql.execute(f"SET plan_cache_mode = {mode}; SET session_replication_role = replica; {PLANNER}")
+    await subscribe(sql, "default", "a.b", "a.c")
+    await subscribe(sql, "billing", "a.#")
+    if known == "that the tables are empty":
+        await sql.execute("VACUUM ANALYZE pgebus.events")
+        await sql.execute("VACUUM ANALYZE pgebus.deliveries")
+    for name, case in CASES.items():
+        await sql.execute(f"PREPARE {name} AS {case.sql}")
+    if known == "that the tables are empty":
+        for _, call in _calls():
+            await sql.execute(call)
+    await sql.execute(FILL)
+    if known == "everything":
+        await sql.execute("ANALYZE pgebus.events; ANALYZE pgebus.deliveries")
+    too_many = {}
+    for name, call in _calls():
+        buffers = await _touched(sql, call)
+        if buffers > CASES[name].buffers:
+            too_many[name] = buffers
+    assert not too_many
+
+
+READ: Final = "SELECT seq_tup_read FROM pg_stat_xact_user_tables WHERE relname = 'deliveries'"
+
+
+async def test_the_triggers_and_complete_read_no_table_to_its_end(sql: Sql) -> None:
+    """Their plans are kept from their first execution, which may have met empty tables."""
+    for name in TABLES:
+        await sql.execute(f"ALTER TABLE pgebus.{name} SET (autovacuum_enabled = false)")
+        await sql.execute(f"VACUUM ANALYZE pgebus.{name}")
+    insert = "INSERT INTO pgebus.events (type, key) SELECT 'a.b', CASE WHEN n % 2 = 0 THEN 'k' || n END FROM {} n"
+    complete = "SELECT pgebus.complete({0}, 'default', 1, 1, 'x') FROM set_config('pgebus.tx', 'x', true)"
+    run = """
+        UPDATE pgebus.deliveries
+        SET status = 'running', worker_id = 1, claimed_at = now(), claim_seq = 1, attempt = 1
+        WHERE event_id IN (SELECT id FROM pgebus.events ORDER BY id LIMIT 20)"""
+    await subscribe(sql, "default", "a.#")
+    await sql.execute(insert.format("generate_series(1, 20)"))
+    await sql.execute(run)
+    ids = [row["id"] for row in await sql.fetch("SELECT id FROM pgebus.events ORDER BY id")]
+    async with sql.transaction():
+        await sql.execute(complete.format(ids[0]))
+    async with sql.transaction():
+        before = await sql.fetchval(READ)
+        await sql.execute(insert.format("generate_series(1, 3000)"))
+        for event_id in ids[1:]:
+            await sql.execute(complete.format(event_id))
+        await sql.execute(f"DELETE FROM pgebus.events WHERE id = {ids[0]}")
+        assert await sql.fetchval(READ) == before
