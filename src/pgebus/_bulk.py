@@ -19,7 +19,7 @@ from pgebus.errors import InvalidEventTypeError, PgebusError, PublishError
 from pgebus.inheritance import family, loaded_columns
 from pgebus.models import Event
 from pgebus.names import check_channel, check_event_type, check_key, check_priority
-from pgebus.payloads import check_headers, check_payload_text, check_run_at
+from pgebus.payloads import check_headers, check_payload_text, check_run_at, inherit_headers
 
 Row = dict[str, Any]
 
@@ -39,7 +39,7 @@ _CHECKS: Final[dict[str, Callable[[Any], Any]]] = {
 # The ids are taken first, because COPY returns nothing. A role that may not do so, or may not read the table, of which
 # the driver asks the types, gets no row.
 _RESERVE: Final = text("""
-SELECT ARRAY(SELECT nextval(q.sequence) FROM generate_series(1, :count)) AS ids FROM (
+SELECT ARRAY(SELECT nextval(q.sequence) FROM generate_series(1, :count)) AS ids, now() AS now FROM (
   SELECT pg_get_serial_sequence(:table, 'id')::regclass AS sequence, CAST(:table AS regclass) AS relation) q
 WHERE has_sequence_privilege(q.sequence, 'USAGE') AND has_table_privilege(q.relation, 'SELECT')
 """)
@@ -122,17 +122,18 @@ def copy_rows(connection: Connection, rows: Sequence[Row], inherited: Mapping[st
     if len(rows) < COPY_FROM or connection.dialect.driver != "asyncpg":
         return None
     if inherited:
-        rows = [{**row, "headers": check_headers({**inherited, **row.get("headers", {})})} for row in rows]
+        rows = [{**row, "headers": inherit_headers(inherited, row.get("headers"))} for row in rows]
     columns = _columns(rows)
     if columns is None:
         return None
     schema = _schema_of(connection)
     table = ".".join('"' + name.replace('"', '""') + '"' for name in (schema, family.table.name))
-    ids: list[int] | None = connection.execute(_RESERVE, {"count": len(rows), "table": table}).scalar_one_or_none()
-    if ids is None:
+    reserved = connection.execute(_RESERVE, {"count": len(rows), "table": table}).one_or_none()
+    if reserved is None:
         return None
-    ids.sort()
-    makers = [_maker(column, connection) for column in columns]
+    ids: list[int] = sorted(reserved.ids)
+    defaults = {"channel": "events", "priority": 0, "headers": {}, "payload": "{}", "run_at": reserved.now}
+    makers = [_maker(column, connection, defaults.get(column.key)) for column in columns]
     records = [(id_, *(make(row) for make in makers)) for id_, row in zip(ids, rows, strict=True)]
     adapted: Any = connection.connection.dbapi_connection
     adapted.run_async(lambda driver: _copy(driver, schema, ["id", *(str(each.name) for each in columns)], records))
@@ -161,13 +162,9 @@ def _can_copy(column: Column[Any], name: str, rows: Sequence[Row], *, given: boo
     return optional or all(name in row for row in rows)
 
 
-_DEFAULTS: Final[dict[str, Any]] = {"channel": "events", "priority": 0, "headers": {}, "payload": "{}"}
-
-
-def _maker(column: Column[Any], connection: Connection) -> Callable[[Row], Any]:
+def _maker(column: Column[Any], connection: Connection, default: object) -> Callable[[Row], Any]:
     """Return what takes the value of a column out of a row, as the driver takes it."""
     name = column.key
-    default = _DEFAULTS.get(name)
     if name == "payload":
         return lambda row: row.get(name, default)
     processor = column.type.dialect_impl(connection.dialect).bind_processor(connection.dialect)

@@ -18,12 +18,12 @@ from typing import Any, Final, NoReturn, cast
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session, SessionTransaction, object_session
 
 from pgebus._control_text import find_control, sets_marker
 from pgebus.errors import SessionControlError
 from pgebus.models import Event
-from pgebus.payloads import check_headers
+from pgebus.payloads import inherit_headers
 
 _INFO_KEY: Final = "pgebus"
 
@@ -176,13 +176,12 @@ class DispatchSession(Session):
         return bind
 
 
-@event.listens_for(DispatchSession, "before_flush")
-def _say_what_caused_it(session: DispatchSession, _context: object, _instances: object) -> None:
-    """Stamp the events that a handler has added, however it did it."""
-    if session.guard.headers:
-        for each in session.new:
-            if isinstance(each, Event):
-                each.headers = check_headers({**session.guard.headers, **(each.headers or {})})
+@event.listens_for(Event, "before_insert", propagate=True)
+def _say_what_caused_it(_mapper: object, _connection: object, target: Event) -> None:
+    """Stamp the events that a handler has added, however it did it, and those that its session's hooks add."""
+    session = object_session(target)
+    if isinstance(session, DispatchSession) and session.guard.headers:
+        target.headers = inherit_headers(session.guard.headers, target.headers)
 
 
 class DispatchAsyncSession(AsyncSession):

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from json import JSONEncoder, dumps, loads
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, TypeAdapter
-from pydantic.errors import PydanticSchemaGenerationError
+from pydantic.errors import PydanticUserError
 from pydantic_core import PydanticSerializationError
 
 from pgebus.errors import InvalidPayloadError, InvalidRunAtError, PayloadTooLargeError
@@ -85,14 +87,19 @@ def check_payload_text(value: object, *, limit: int) -> str:
     return _checked(_dumped(value), "Payload", limit, copied=False)[1]
 
 
+@lru_cache(maxsize=256)
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
 def _dumped(value: object) -> object:
-    """Return what pydantic makes of a model or a dataclass; anything else as it is."""
+    """Return what pydantic makes of a model or a dataclass, so that it can make it again; anything else as it is."""
     try:
         if isinstance(value, BaseModel):
-            return value.model_dump(mode="json")
+            return value.model_dump(mode="json", by_alias=True, round_trip=True)
         if is_dataclass(value) and not isinstance(value, type):
-            return TypeAdapter(type(value)).dump_python(value, mode="json")
-    except (PydanticSchemaGenerationError, PydanticSerializationError) as error:
+            return _adapter(type(value)).dump_python(value, mode="json", by_alias=True, round_trip=True)
+    except (PydanticUserError, PydanticSerializationError) as error:
         raise InvalidPayloadError(f"Payload of type {_type_name(value)} cannot be made JSON by pydantic.") from error
     return value
 
@@ -105,6 +112,18 @@ def check_headers(value: object) -> dict[str, Any]:
         PayloadTooLargeError: If it is larger than 64 KiB.
     """
     return _checked(value, "Headers", MAX_HEADERS_BYTES)[0]
+
+
+def inherit_headers(inherited: Mapping[str, Any], own: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the headers of an event that another one has caused: its own, and those that it inherits.
+
+    Raises:
+        InvalidPayloadError, PayloadTooLargeError: As `check_headers()`.
+    """
+    own = own or {}
+    if "traceparent" in own:  # the state belongs to a trace, and this is another one
+        inherited = {name: value for name, value in inherited.items() if name != "tracestate"}
+    return check_headers({**inherited, **own})
 
 
 def check_run_at(value: object) -> datetime:

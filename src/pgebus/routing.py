@@ -126,7 +126,7 @@ class EventRouter:
 
         The payload is a dict, unless the second parameter is annotated with a pydantic model, a dataclass, a TypedDict
         or another type that pydantic knows: then it is validated, and one that does not fit is an
-        `InvalidPayloadError` of this handler, so dead at once unless *retry* says otherwise.
+        `PayloadValidationError` of this handler, so dead at once unless *retry* says otherwise.
 
         A plain function runs in a thread; its `ctx.session` is always None.
 

@@ -233,7 +233,6 @@ class EventSystem:
             crew=self._crew,
             groups=self._served,
             slots=options.n_workers,
-            # What is held when the process dies has used up an attempt, begun or not.
             ahead=MAX_AHEAD if options.max_attempts >= ATTEMPTS_TO_SPARE else 0,
             poll_interval=options.poll_interval_seconds,
             health=self._loops["claim"],

@@ -514,3 +514,18 @@ async def test_the_column_of_a_later_class_is_loaded_by_a_query_that_is_older(
         found = (await session.scalars(every)).one()
         assert isinstance(found, Newest)
         assert found.newest == 3
+
+
+@pytest.mark.parametrize("count", [3, 200])
+async def test_rows_may_give_the_columns_of_their_class(sm: DatabaseSessionManager, count: int) -> None:
+    """A class whose columns have defaults goes the ordinary way: COPY would not ask for them."""
+    async with sm.session() as session:
+        session.add(Order(id=7, total=100))
+        ids = await publish_events(
+            session,
+            [{"type": "order.placed", "payload": {}, "order_id": 7, "tenant_id": n} for n in range(count)],
+        )
+        found = (await session.scalars(select(OrderPlaced).order_by(OrderPlaced.id))).all()
+        assert [(each.id, each.tenant_id) for each in found] == [(id_, n) for n, id_ in enumerate(ids)]
+        with pytest.raises(PublishError, match="OrderPlaced takes no 'reference'"):
+            await publish_events(session, [{"type": "order.placed", "reference": "r"}])

@@ -232,8 +232,8 @@ BREAKS: list[tuple[str, list[str]]] = [
     (
         "ALTER FUNCTION pgebus.fan_out RESET search_path",
         [
-            "function fan_out(), settings: expected enable_nestloop=off; enable_seqscan=off; search_path=pg_catalog, pg_temp, "
-            "found enable_nestloop=off; enable_seqscan=off"
+            "function fan_out(), settings: expected enable_nestloop=off; enable_seqscan=off; "
+            "search_path=pg_catalog, pg_temp, found enable_nestloop=off; enable_seqscan=off"
         ],
     ),
     (

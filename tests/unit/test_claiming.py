@@ -27,6 +27,7 @@ from pgebus._runtime.store import Store
 from pgebus._runtime.supervision import Crew
 from pgebus._runtime.waking import DatabaseClock, Wakeup
 from pgebus.health import LoopHealth
+from pgebus.retry import RetryPolicy
 from pgebus.routing import EventRouter
 
 
@@ -164,7 +165,7 @@ class Registry(Presence):
 class Bench:
     """A claimer with everything around it, for a worker that is present."""
 
-    def __init__(self, slots: int = 2, ahead: int = MAX_AHEAD) -> None:
+    def __init__(self, slots: int = 2, ahead: int = MAX_AHEAD, router: EventRouter | None = None) -> None:
         self.journal: list[str] = []
         self.store = Shelf(self.journal)
         self.hands = Hands(self.journal)
@@ -176,7 +177,7 @@ class Bench:
         self.acknowledger = Acknowledger(self.store, self.holdings, self.settled, LoopHealth("acknowledge"))
         self.claimer = Claimer(
             self.store,
-            EventRouter(),
+            router or EventRouter(),
             self.hands,
             self.acknowledger,
             holdings=self.holdings,
@@ -787,3 +788,23 @@ async def test_what_runs_here_is_no_stray(bench: Bench, monkeypatch: pytest.Monk
             bench.wakeup.look()
             await come_to_rest()
         assert bench.journal == ["began 1"]
+
+
+async def _nothing(_ctx: object, _payload: object) -> None: ...
+
+
+async def test_nothing_is_held_ahead_where_a_handler_has_no_attempts_to_spare(standing_still: Time) -> None:
+    """What is held when the process dies is charged an attempt, begun or not; also for a handler registered late."""
+    router = EventRouter()
+    bench = Bench(router=router)
+    await run_ten(bench)
+    router.on("a", retry=RetryPolicy(max_attempts=1))(_nothing)
+    bench.claimer.learn()
+    bench.hands.hold(11, 12)
+    bench.store.add(*range(11, 20))
+    async with bench.runs():
+        await until(lambda: len(bench.began) == 12)
+        await come_to_rest()
+        assert len(bench.holdings) == 2
+        for held in bench.hands.held.values():
+            held.set()

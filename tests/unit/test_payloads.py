@@ -21,10 +21,10 @@ from zoneinfo import ZoneInfo
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, Json, computed_field
 
 from pgebus.errors import InvalidPayloadError, InvalidRunAtError, PayloadTooLargeError, PublishError
-from pgebus.payloads import MAX_HEADERS_BYTES, check_headers, check_payload, check_run_at
+from pgebus.payloads import MAX_HEADERS_BYTES, check_headers, check_payload, check_run_at, inherit_headers
 
 LIMIT = 1_048_576
 SECRET = "hunter2"
@@ -362,6 +362,21 @@ def test_every_json_object_is_returned_equal_or_holds_a_nul(payload: dict[str, A
         assert "\\u0000" in json.dumps(payload)
 
 
+class Ordered(BaseModel, extra="forbid"):
+    order_id: int = Field(alias="orderId")
+    codes: Json[list[int]]
+
+    @computed_field  # type: ignore[prop-decorator]  # as pydantic wants it
+    @property
+    def twice(self) -> int:
+        return 2 * self.order_id
+
+
+def test_a_model_that_is_published_can_be_made_again_from_its_payload() -> None:
+    order = Ordered.model_validate({"orderId": 7, "codes": "[1, 2]"})
+    assert Ordered.model_validate(check_payload(order, limit=1_000)) == order
+
+
 def test_a_model_or_a_dataclass_is_stored_as_pydantic_writes_it() -> None:
     class Placed(BaseModel):
         at: datetime
@@ -386,3 +401,9 @@ def test_a_model_that_cannot_be_json_is_refused() -> None:
     for value in (Odd(what=object()), Odder(Hostile()), Odd(what="\x00")):
         with pytest.raises(InvalidPayloadError):
             check_payload(value, limit=1_000)
+
+
+def test_a_trace_of_its_own_takes_no_state_of_another() -> None:
+    inherited = {"causation_id": "1", "traceparent": "00-a-b-01", "tracestate": "x=1"}
+    assert inherit_headers(inherited, None) == inherited
+    assert inherit_headers(inherited, {"traceparent": "00-c-d-01"}) == {"causation_id": "1", "traceparent": "00-c-d-01"}

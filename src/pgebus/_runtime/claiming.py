@@ -169,6 +169,10 @@ class Claimer:
     def _learn_groups(self) -> None:
         self._groups = list(self._served())
         self._here = {group.name: group.per_process for group in self._router.groups() if group.per_process}
+        policies = [route.handler.retry for route in self._router.routes() if route.handler.group in self._groups]
+        spare = all(policy is None or policy.max_attempts >= ATTEMPTS_TO_SPARE for policy in policies)
+        # What is held when the process dies has used up an attempt, begun or not.
+        self._most_ahead = self._ahead if spare else 0
 
     def give_back(self) -> None:
         """Release whatever was claimed and not started."""
@@ -289,7 +293,7 @@ class Claimer:
 
     def _room(self) -> int:
         """Return how many to claim now; zero while what is held is enough."""
-        target = self._slots + min(self._ahead, self._rate.per_second())
+        target = self._slots + min(self._most_ahead, self._rate.per_second())
         held = len(self._holdings)
         starved = not self._buffer and len(self._crew) < self._slots
         # In thirds, so that a fast worker claims many at a time, and not one for each slot that comes free; and so that
