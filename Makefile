@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-matrix check fix clean
+.PHONY: help demo test test-slow test-matrix bench check fix clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,10 @@ test: $(STAMP) ## every test of the default lane, on an embedded PostgreSQL
 
 test-slow: $(STAMP) ## the longer lanes as well
 	$(BIN)/python -m pytest -m ''
+
+bench: $(STAMP) ## what it costs, beside whoever else is installed; about an hour (ARGS="drain latency --runs 1")
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(BIN)/python -m benchmarks --install $(ARGS)
 
 test-matrix: $(STAMP) ## every PostgreSQL, the oldest and the newest libraries; about an hour
 	$(BIN)/python -m tests.matrix $(ARGS)

@@ -1,0 +1,1 @@
+"""What is measured: pgebus, loops without a library, other libraries. Each file is a program of its own."""
