@@ -191,6 +191,16 @@ class DispatchAsyncSession(AsyncSession):
     sync_session: DispatchSession
 
 
+# What an application may listen to, and where it may send statements.
+_TRANSACTION_HOOKS: Final = (
+    "after_begin",
+    "after_transaction_create",
+    "after_transaction_end",
+    "after_rollback",
+    "after_soft_rollback",
+)
+
+
 @asynccontextmanager
 async def dispatch_session(connection: AsyncConnection, *, begin: str) -> AsyncIterator[DispatchAsyncSession]:
     """Open the session of one delivery, for the current task.
@@ -206,14 +216,35 @@ async def dispatch_session(connection: AsyncConnection, *, begin: str) -> AsyncI
     info = sync_connection.info  # kept: on a connection that was lost meanwhile, the property would reconnect
     guard = Guard(sync_connection, begin)
     session = DispatchAsyncSession(connection, expire_on_commit=False, join_transaction_mode="control_fully")
-    await session.run_sync(_open, guard)
+    quiet = not any(getattr(session.sync_session.dispatch, name) for name in _TRANSACTION_HOOKS)
+    if quiet:
+        _open(session.sync_session, guard)  # in AUTOCOMMIT SQLAlchemy has nothing to send, so nothing waits
+    else:
+        await session.run_sync(_open, guard)
     info[_INFO_KEY] = guard
     try:
         yield session
     finally:
         guard.owner = None
         info.pop(_INFO_KEY, None)
-        await session.run_sync(Session.close)
+        if quiet and not guard.unsafe and not guard.driver.is_closed():
+            Session.close(session.sync_session)
+        else:
+            await session.run_sync(Session.close)
+
+
+async def flush(session: DispatchAsyncSession) -> None:
+    """Flush *session*, with all its checks; where nothing is to be sent, without the detour that sending takes.
+
+    Raises:
+        SessionControlError: If the transaction was ended, or lost, behind the session.
+        sqlalchemy.exc.SQLAlchemyError: If the flush fails.
+    """
+    inner = session.sync_session
+    inner.guard.check()
+    inner.guard.check_whole(inner)
+    if not inner.is_active or inner.new or inner.deleted or inner.dirty:
+        await session.flush()
 
 
 def _open(session: Session, guard: Guard) -> None:

@@ -31,6 +31,7 @@ from pgebus._runtime.statements import Statements
 from pgebus._runtime.store import Line, Store
 from pgebus._runtime.supervision import DATABASE_ERRORS, Crew, Loops, cancel, keep_running, spawn
 from pgebus._runtime.threads import Threads
+from pgebus._runtime.transacting import Transactions
 from pgebus._runtime.waking import DatabaseClock, Wakeup
 from pgebus._version import __version__
 from pgebus.errors import ConfigurationError, StateError
@@ -207,17 +208,19 @@ class EventSystem:
             self._settled,
             self._loops["acknowledge"],
         )
+        rng = SystemRandom()
+        transactions = Transactions(
+            guard_engine(handlers), statements, isolation_level=options.isolation_level, rng=rng
+        )
         dispatcher = Dispatcher(
             self._router,
-            guard_engine(handlers),
-            statements,
+            transactions,
             policy=RetryPolicy(
                 max_attempts=options.max_attempts,
                 first=timedelta(seconds=options.backoff_first_seconds),
                 ceiling=timedelta(seconds=options.backoff_ceiling_seconds),
             ),
-            isolation_level=options.isolation_level,
-            rng=SystemRandom(),
+            rng=rng,
             threads=self._threads,
             own=partial(AsyncSession, handlers.execution_options(isolation_level="READ COMMITTED")),
         )
@@ -289,6 +292,7 @@ class EventSystem:
             finally:
                 self._threads.close()
                 await loops.end()
+                await transactions.close()
 
     async def _wind_down(
         self,

@@ -26,7 +26,7 @@ from pgebus import (
     SchemaMismatchError,
     publish_event,
 )
-from pgebus._runtime import dispatching, faults, listening
+from pgebus._runtime import faults, listening, transacting
 from pgebus._runtime.store import Line
 from pgebus.embedded import EmbeddedPostgres
 from pgebus.migrations import upgrade
@@ -388,8 +388,8 @@ async def test_a_silent_handler_connection_gives_its_slot_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the dispatcher sends by itself is not waited for without end, and the connection is not used again."""
-    monkeypatch.setattr(dispatching, "BEGIN_SECONDS", 0.5)
-    monkeypatch.setattr(dispatching, "COMMIT_SECONDS", 0.5)
+    monkeypatch.setattr(transacting, "BEGIN_SECONDS", 0.5)
+    monkeypatch.setattr(transacting, "COMMIT_SECONDS", 0.5)
     await sql.execute(EFFECTS)
     router, _ = both_kinds()
     async with worker(router, through(proxy), n_workers=1, **DEAF) as system:
@@ -517,8 +517,8 @@ async def test_any_faults_in_any_order_lose_and_double_nothing(
     assert Line.__init__.__kwdefaults__ is not None
     monkeypatch.setitem(Line.__init__.__kwdefaults__, "within", 0.5)
     for module, name in (
-        (dispatching, "BEGIN_SECONDS"),
-        (dispatching, "COMMIT_SECONDS"),
+        (transacting, "BEGIN_SECONDS"),
+        (transacting, "COMMIT_SECONDS"),
         (listening, "BEAT_SECONDS"),
         (listening, "ANSWER_SECONDS"),
     ):

@@ -7,19 +7,18 @@ transaction.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 from random import Random
 from typing import Any, Final, cast
 
 import asyncpg
 from pydantic import ValidationError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from pgebus._guard import dispatch_session
+from pgebus._guard import dispatch_session, flush
 from pgebus._runtime import faults
 from pgebus._runtime.events import event_from_row
 from pgebus._runtime.leases import Lease
@@ -34,10 +33,9 @@ from pgebus._runtime.outcome import (
     decide,
     describe,
 )
-from pgebus._runtime.statements import Statements
-from pgebus._runtime.store import driver_of
 from pgebus._runtime.supervision import DATABASE_ERRORS, is_dismissed
 from pgebus._runtime.threads import Threads
+from pgebus._runtime.transacting import NotBegunError, Transactions
 from pgebus.context import EventContext
 from pgebus.errors import LeaseLostError, PayloadValidationError, StateError, TransactionEndedError
 from pgebus.handlers import Handler
@@ -52,11 +50,7 @@ logger = logging.getLogger(__name__)
 # How often a transaction is simply run again after a serialization failure or a deadlock, in one attempt.
 REPLAYS: Final = 5
 _REPLAY_PAUSE_SECONDS: Final = 0.005
-_CLEANUP_SECONDS: Final = 5.0
 _LOGGED_CHARS: Final = 300
-# A half-open connection gives no error. The commit may have to wait: for deferred constraints, or for a standby.
-BEGIN_SECONDS: Final = 15.0
-COMMIT_SECONDS: Final = 60.0
 
 
 class _HandlerFailed(Exception):  # noqa: N818 - it carries an error, it is none
@@ -65,14 +59,6 @@ class _HandlerFailed(Exception):  # noqa: N818 - it carries an error, it is none
     def __init__(self, handler: Handler, error: BaseException) -> None:
         super().__init__(handler.name)
         self.handler = handler
-        self.error = error
-
-
-class _NotBegun(Exception):  # noqa: N818 - it carries an error, it is none
-    """The transaction could not even be opened: no handler has run, so none of them is to blame."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__()
         self.error = error
 
 
@@ -119,10 +105,8 @@ class Dispatcher:
 
     Args:
         router: Where the handlers are.
-        engine: The guarded engine, in AUTOCOMMIT: the dispatcher opens and ends transactions itself.
-        statements: The statements for the schema.
+        transactions: Where the transactions of handlers come from.
         policy: How often, and when, a failed delivery is tried again.
-        isolation_level: Of the handlers' transactions.
         rng: Spreads the retries.
         threads: Where plain functions run.
         own: Makes a session on an engine without the guard, for what handlers without a transaction publish.
@@ -131,11 +115,9 @@ class Dispatcher:
     def __init__(
         self,
         router: EventRouter,
-        engine: AsyncEngine,
-        statements: Statements,
+        transactions: Transactions,
         *,
         policy: RetryPolicy,
-        isolation_level: str,
         rng: Random,
         threads: Threads,
         own: Callable[[], AsyncSession],
@@ -143,10 +125,8 @@ class Dispatcher:
         self._threads = threads
         self._own = own
         self._router = router
-        self._engine = engine
-        self._sql = statements
+        self._transactions = transactions
         self._policy = policy
-        self._isolation_level = isolation_level
         self._rng = rng
 
     async def dispatch(self, lease: Lease) -> Outcome:
@@ -203,7 +183,7 @@ class Dispatcher:
                 await self._transaction(lease, decoded, handlers)
             except _HandlerFailed as failed:
                 error, handler = failed.error, failed.handler
-            except _NotBegun as failed:
+            except NotBegunError as failed:
                 return Reschedule(self._policy.first, counted=False, failure=describe(failed.error, None))
             except Exception as raised:  # noqa: BLE001 - not even a bug of ours may run one delivery for ever, uncounted
                 error, handler = raised, None
@@ -217,32 +197,23 @@ class Dispatcher:
 
     async def _transaction(self, lease: Lease, decoded: _Decoded, handlers: Sequence[Handler]) -> None:
         fence = lease.fence
-        marker = f"{fence.event_id}:{fence.claim_seq}:{fence.worker_id}:{self._rng.getrandbits(32)}"
-        begin = self._sql.begin(self._isolation_level, marker)
-        async with contextlib.AsyncExitStack() as stack:
-            try:
-                async with asyncio.timeout(BEGIN_SECONDS):
-                    connection = await stack.enter_async_context(self._engine.connect())
-                    raw = await driver_of(connection)
-                    stack.push_async_callback(_roll_back, connection, raw)
-                    with _answered(raw):
-                        await raw.execute(self._sql.CLEAN + begin)
-            except DATABASE_ERRORS as error:
-                raise _NotBegun(error) from error
-            async with dispatch_session(connection, begin=begin) as session:
+        async with self._transactions.open(lease) as transaction:
+            async with dispatch_session(transaction.connection, begin=transaction.begin) as session:
                 context = self._context(lease, decoded, GuardedSession(session, _caused_by(lease, decoded)))
-                for handler in handlers:
-                    await self._call(handler, context, lease, decoded)
-                    try:
-                        # After each, so that what fails here is the failure of the handler that caused it.
-                        await session.flush()
-                    except Exception as error:
-                        raise _HandlerFailed(handler, error) from error
+                try:
+                    for handler in handlers:
+                        await self._call(handler, context, lease, decoded)
+                        try:
+                            # After each, so that what fails here is the failure of the handler that caused it.
+                            await flush(session)
+                        except Exception as error:
+                            raise _HandlerFailed(handler, error) from error
+                finally:
+                    transaction.spoilt = session.sync_session.guard.unsafe
             # The fenced completion is the last thing that the transaction does. A COMMIT that PostgreSQL answered with
             # ROLLBACK raises nothing; only its tag says so.
             try:
-                with _answered(raw):
-                    tag = await raw.execute(self._sql.end(*fence, marker), timeout=COMMIT_SECONDS)
+                tag = await self._transactions.complete(lease, transaction)
             except DATABASE_ERRORS as error:
                 state = faults.sqlstate(error)  # the driver has no classes for ours
                 if state == faults.LEASE_LOST:
@@ -362,6 +333,7 @@ class Dispatcher:
             if threaded:
                 raise StateError("ctx.publish() is for coroutines. Make the handler 'async def', or open a session.")
             headers = {**_caused_by(lease, decoded), **(options.pop("headers", None) or {})}
+            await self._transactions.make_room()
             async with self._own() as own:
                 event: Event = await publish_event(
                     own, event_type, payload, channel, run_at, headers=headers, **options
@@ -390,36 +362,6 @@ def _caused_by(lease: Lease, decoded: _Decoded) -> dict[str, Any]:
         name: decoded.headers[name] for name in ("traceparent", "tracestate") if name in decoded.headers
     }
     return {"correlation_id": decoded.headers.get("correlation_id", event_id), "causation_id": event_id, **trace}
-
-
-@contextlib.contextmanager
-def _answered(raw: asyncpg.Connection[asyncpg.Record]) -> Iterator[None]:
-    """Break a connection that was not waited for to the end: nobody knows what the next statement would meet there."""
-    try:
-        yield
-    except (TimeoutError, asyncio.CancelledError):
-        raw.terminate()
-        raise
-
-
-async def _roll_back(connection: AsyncConnection, raw: asyncpg.Connection[asyncpg.Record]) -> None:
-    """End a transaction that is still open; a connection on which that fails is thrown away."""
-    if connection.closed:  # a handler dug it out and gave it back; the pool's own net has caught it
-        return
-    if raw.is_closed():
-        await connection.invalidate()
-        return
-    if not raw.is_in_transaction():
-        return
-    try:
-        async with asyncio.timeout(_CLEANUP_SECONDS):
-            await raw.execute("ROLLBACK")
-    except BaseException as error:
-        raw.terminate()
-        with contextlib.suppress(*DATABASE_ERRORS):
-            await connection.invalidate()
-        if not isinstance(error, DATABASE_ERRORS):
-            raise
 
 
 def _log_failure(lease: Lease, decision: Reschedule | DeadLetter) -> None:
