@@ -27,7 +27,7 @@ from pgebus import (
     Settings,
     publish_event,
 )
-from pgebus._runtime.dispatching import Dispatcher
+from pgebus._runtime.dispatching import Dispatcher, Following
 from pgebus._runtime.leases import Lease
 from pgebus._runtime.listening import Listener
 from pgebus._runtime.outcome import Outcome
@@ -223,9 +223,9 @@ def _hooks(stage: Stage, *, returns_late: bool) -> Iterator[None]:
         stage.reached("completion written")
         return kept
 
-    async def dispatch_(self: Dispatcher, lease: Lease) -> Outcome:
+    async def dispatch_(self: Dispatcher, lease: Lease, following: Following | None = None) -> Outcome:
         stage.reached("dispatched")
-        outcome = await dispatch(self, lease)
+        outcome = await dispatch(self, lease, following)
         stage.reached("outcome known")
         stage.say(type(outcome).__name__, lease.fence.event_id)
         decided.set()

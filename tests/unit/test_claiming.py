@@ -18,7 +18,7 @@ import pytest
 
 from pgebus._runtime.acknowledging import Acknowledger
 from pgebus._runtime.claiming import MAX_AHEAD, Claimer, Rate
-from pgebus._runtime.dispatching import Dispatcher
+from pgebus._runtime.dispatching import Dispatcher, Following
 from pgebus._runtime.leases import Fence, Holdings, Lease
 from pgebus._runtime.outcome import Committed, Complete, Outcome
 from pgebus._runtime.presence import Presence
@@ -138,7 +138,9 @@ class Hands(Dispatcher):
         for event_id in event_ids:
             self.held[event_id] = asyncio.Event()
 
-    async def dispatch(self, lease: Lease) -> Outcome:
+    async def forgo(self, lease: Lease) -> None: ...
+
+    async def dispatch(self, lease: Lease, following: Following | None = None) -> Outcome:
         event_id = lease.fence.event_id
         self.journal.append(f"began {event_id}")
         self.busy.add(event_id)

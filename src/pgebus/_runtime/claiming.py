@@ -11,10 +11,10 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from pgebus._runtime.acknowledging import Acknowledger
-from pgebus._runtime.dispatching import Dispatcher
+from pgebus._runtime.dispatching import Dispatcher, Following
 from pgebus._runtime.leases import Holdings, Lease
 from pgebus._runtime.outcome import Lost, Outcome, Release
 from pgebus._runtime.presence import Presence
@@ -355,24 +355,44 @@ class Claimer:
         """Run *lease*, then whatever waits, in one task: one for each would cost more than a fast handler."""
         self._unbegun.discard(lease)
         task = asyncio.current_task()
-        await self._execute(lease)
-        while self._buffer and not self._closed and not (task is not None and task.cancelling()):
-            if monotonic() - self._stretch_began > LONGEST_STRETCH_SECONDS:
+        reserved: list[Lease] = []
+
+        def following(accepts: Callable[[Lease], bool]) -> Lease | None:
+            if reserved or not self._goes_on(task) or not accepts(self._buffer[0]):
+                return None
+            reserved.append(self._buffer.popleft())
+            return reserved[0]
+
+        await self._execute(lease, following)
+        while reserved or self._goes_on(task):
+            if reserved and (self._closed or (task is not None and task.cancelling())):
+                await self._give_up(reserved.pop())
+            elif reserved:
+                await self._execute(reserved.pop(), following)
+            elif monotonic() - self._stretch_began > LONGEST_STRETCH_SECONDS:
                 # Handlers that never wait would keep everybody else from running: all of them together, so the time
                 # is counted for all of these tasks, and begins anew with the event loop's next turn.
                 asyncio.get_running_loop().call_soon(self._begin_stretch)
                 await asyncio.sleep(0)
             else:
-                await self._execute(self._buffer.popleft())
+                await self._execute(self._buffer.popleft(), following)
+
+    async def _give_up(self, lease: Lease) -> None:
+        """Give back what was to be run next."""
+        self._conclude(lease, self._interrupted(lease))
+        await self._dispatcher.forgo(lease)
+
+    def _goes_on(self, task: asyncio.Task[Any] | None) -> bool:
+        return bool(self._buffer) and not self._closed and not (task is not None and task.cancelling())
 
     def _begin_stretch(self) -> None:
         self._stretch_began = monotonic()
 
-    async def _execute(self, lease: Lease) -> None:
+    async def _execute(self, lease: Lease, following: Following) -> None:
         """Run one delivery and hand over its outcome."""
         outcome: Outcome = Release()
         try:
-            outcome = await self._dispatcher.dispatch(lease)
+            outcome = await self._dispatcher.dispatch(lease, following)
         except asyncio.CancelledError:
             outcome = self._interrupted(lease)
         finally:

@@ -12,9 +12,8 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 from random import Random
-from typing import Any, Final, cast
+from typing import Any, Final, TypeAlias, cast
 
-import asyncpg
 from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -51,6 +50,10 @@ logger = logging.getLogger(__name__)
 REPLAYS: Final = 5
 _REPLAY_PAUSE_SECONDS: Final = 0.005
 _LOGGED_CHARS: Final = 300
+
+
+# Returns the next delivery, if there is one that the given function accepts: from then on it belongs to this task.
+Following: TypeAlias = Callable[[Callable[[Lease], bool]], Lease | None]
 
 
 class _HandlerFailed(Exception):  # noqa: N818 - it carries an error, it is none
@@ -129,19 +132,25 @@ class Dispatcher:
         self._policy = policy
         self._rng = rng
 
-    async def dispatch(self, lease: Lease) -> Outcome:
+    async def dispatch(self, lease: Lease, following: Following | None = None) -> Outcome:
         """Run the handlers of *lease* and return what becomes of it.
+
+        Args:
+            lease: The delivery.
+            following: Asked for the delivery that this task runs next, once that is certain; it may be begun already.
 
         Raises:
             asyncio.CancelledError: When the task was cancelled from outside; nothing of a transaction stays.
         """
         try:
-            return await self._dispatch(lease)
+            outcome = await self._dispatch(lease, following)
+            await self._transactions.forgo(lease)  # where its handlers were not even asked
+            return outcome
         except Exception as error:  # noqa: BLE001 - not even a bug of ours may run one delivery for ever, uncounted
             logger.critical("Event %d could not be dispatched: this is a bug in pgebus.", lease.fence.event_id)
             return self._failed(lease, error, None, lease.handled)
 
-    async def _dispatch(self, lease: Lease) -> Outcome:
+    async def _dispatch(self, lease: Lease, following: Following | None) -> Outcome:
         handlers = self._router.handlers_for(lease.type, lease.fence.group)
         if not handlers:
             return Unhandle()
@@ -157,7 +166,7 @@ class Dispatcher:
         except (ValueError, TypeError, RecursionError) as error:
             return self._bury(lease, "UndecodableEvent", describe(error, None).message)
         if any(handler.transactional for handler in handlers):
-            return await self._in_transaction(lease, decoded, handlers)
+            return await self._in_transaction(lease, decoded, handlers, following)
         return await self._without(lease, decoded, handlers)
 
     async def _without(self, lease: Lease, decoded: _Decoded, handlers: Sequence[Handler]) -> Outcome:
@@ -174,13 +183,15 @@ class Dispatcher:
             handled.append(handler.name)
         return Complete()
 
-    async def _in_transaction(self, lease: Lease, decoded: _Decoded, handlers: Sequence[Handler]) -> Outcome:
+    async def _in_transaction(
+        self, lease: Lease, decoded: _Decoded, handlers: Sequence[Handler], following: Following | None
+    ) -> Outcome:
         """Run all handlers and the completion in one transaction, again when it could not be serialized."""
         error: BaseException
         handler: Handler | None
         for replay in range(REPLAYS + 1):
             try:
-                await self._transaction(lease, decoded, handlers)
+                await self._transaction(lease, decoded, handlers, following)
             except _HandlerFailed as failed:
                 error, handler = failed.error, failed.handler
             except NotBegunError as failed:
@@ -195,7 +206,21 @@ class Dispatcher:
             await asyncio.sleep(_REPLAY_PAUSE_SECONDS * 2**replay * self._rng.random())
         raise AssertionError("the last replay returns")
 
-    async def _transaction(self, lease: Lease, decoded: _Decoded, handlers: Sequence[Handler]) -> None:
+    async def forgo(self, lease: Lease) -> None:
+        """Do not run *lease*, which this task was to run next."""
+        await self._transactions.forgo(lease)
+
+    def _following(self, following: Following | None) -> Lease | None:
+        """Return the delivery that the same task runs next, if that needs a transaction as well."""
+        return None if following is None else following(self._needs_transaction)
+
+    def _needs_transaction(self, lease: Lease) -> bool:
+        handlers = self._router.handlers_for(lease.type, lease.fence.group)
+        return not lease.lost and any(handler.transactional for handler in handlers)
+
+    async def _transaction(
+        self, lease: Lease, decoded: _Decoded, handlers: Sequence[Handler], following: Following | None
+    ) -> None:
         fence = lease.fence
         async with self._transactions.open(lease) as transaction:
             async with dispatch_session(transaction.connection, begin=transaction.begin) as session:
@@ -213,7 +238,7 @@ class Dispatcher:
             # The fenced completion is the last thing that the transaction does. A COMMIT that PostgreSQL answered with
             # ROLLBACK raises nothing; only its tag says so.
             try:
-                tag = await self._transactions.complete(lease, transaction)
+                await self._transactions.complete(lease, transaction, self._following(following))
             except DATABASE_ERRORS as error:
                 state = faults.sqlstate(error)  # the driver has no classes for ours
                 if state == faults.LEASE_LOST:
@@ -225,8 +250,6 @@ class Dispatcher:
                         "A handler ended the dispatcher's transaction behind the guard; what it committed stands."
                     ) from error
                 raise
-            if tag != "COMMIT":
-                raise asyncpg.InFailedSQLTransactionError(f"COMMIT was answered with {tag}")
 
     def _policy_of(self, handler: Handler | None) -> RetryPolicy:
         return self._policy if handler is None or handler.retry is None else handler.retry

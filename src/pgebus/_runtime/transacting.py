@@ -45,6 +45,7 @@ class Transaction:
         begin: The message that has begun it.
         marker: What it is marked with.
         spoilt: Whether the connection has to be thrown away at its end.
+        begun_for: The delivery for which the next one has been begun already, on the same connection.
     """
 
     connection: AsyncConnection
@@ -52,10 +53,14 @@ class Transaction:
     begin: str = ""
     marker: str = ""
     spoilt: bool = False
+    begun_for: Lease | None = None
 
 
 class Transactions:
     """Opens the transactions of one worker.
+
+    Under a backlog one message ends a transaction and begins the next: a transaction is open between two deliveries,
+    for as long as it takes to go from one to the other.
 
     Args:
         engine: The guarded engine, in AUTOCOMMIT: SQLAlchemy opens and ends nothing. Its pool has a connection for
@@ -71,6 +76,7 @@ class Transactions:
         self._isolation_level = isolation_level
         self._rng = rng
         self._idle: list[Transaction] = []
+        self._begun: dict[Lease, Transaction] = {}
 
     @contextlib.asynccontextmanager
     async def open(self, lease: Lease) -> AsyncIterator[Transaction]:
@@ -79,10 +85,15 @@ class Transactions:
         Raises:
             NotBegunError: If that was not possible.
         """
-        fence = lease.fence
-        marker = f"{fence.event_id}:{fence.claim_seq}:{fence.worker_id}:{self._rng.getrandbits(32)}"
-        begin = self._sql.begin(self._isolation_level, marker)
         async with contextlib.AsyncExitStack() as stack:
+            begun = self._begun.pop(lease, None)
+            if begun is not None:
+                begun.begun_for = None
+                stack.push_async_callback(self._put_back, begun)
+                if not begun.raw.is_closed():
+                    yield begun
+                    return
+            begin, marker = self._begin(lease)
             try:
                 async with asyncio.timeout(BEGIN_SECONDS):
                     transaction = await self._take()
@@ -94,12 +105,40 @@ class Transactions:
             transaction.begin, transaction.marker = begin, marker
             yield transaction
 
-    async def complete(self, lease: Lease, transaction: Transaction) -> str:
-        """Complete *lease* and commit, in one message; return what the COMMIT was answered with."""
+    async def complete(self, lease: Lease, transaction: Transaction, following: Lease | None) -> None:
+        """Complete *lease* and commit, in one message.
+
+        Where *following* is given, the same message begins its transaction: it must be opened at once, or forgone.
+
+        Raises:
+            asyncpg.PostgresError: If nothing was committed, or nobody knows; `faults` has the states of ours.
+        """
+        message = self._sql.end(*lease.fence, transaction.marker)
+        begin = marker = ""
+        if following is not None and not transaction.spoilt:
+            begin, marker = self._begin(following)
+            message = f"{message}; {self._sql.CLEAN}{begin}"
         with answered(transaction.raw):
-            return await transaction.raw.execute(
-                self._sql.end(*lease.fence, transaction.marker), timeout=COMMIT_SECONDS
-            )
+            tag = await transaction.raw.execute(message, timeout=COMMIT_SECONDS)
+        if begin:
+            transaction.begin, transaction.marker, transaction.begun_for = begin, marker, following
+        elif tag != "COMMIT":
+            # A COMMIT that PostgreSQL answers with ROLLBACK raises nothing. It would have to follow a statement that
+            # has failed, and complete() does not succeed after one: so the longer message, which returns another tag,
+            # is safe without this.
+            raise asyncpg.InFailedSQLTransactionError(f"COMMIT was answered with {tag}")
+
+    def _begin(self, lease: Lease) -> tuple[str, str]:
+        """Return the message that begins a transaction for *lease*, and its marker."""
+        fence = lease.fence
+        marker = f"{fence.event_id}:{fence.claim_seq}:{fence.worker_id}:{self._rng.getrandbits(32)}"
+        return self._sql.begin(self._isolation_level, marker), marker
+
+    async def forgo(self, lease: Lease) -> None:
+        """End the transaction that was begun for *lease*, if it was not opened."""
+        if self._begun and (begun := self._begun.pop(lease, None)) is not None:
+            begun.begun_for = None
+            await self._put_back(begun)
 
     async def make_room(self) -> None:
         """Give one connection back to the pool, for somebody else who wants one."""
@@ -108,6 +147,8 @@ class Transactions:
 
     async def close(self) -> None:
         """Give all connections back to the pool."""
+        self._idle += self._begun.values()
+        self._begun.clear()
         while self._idle:
             await _close(self._idle.pop())
 
@@ -126,7 +167,8 @@ class Transactions:
 
     async def _put_back(self, transaction: Transaction) -> None:
         connection, raw = transaction.connection, transaction.raw
-        await _roll_back(connection, raw)
+        if transaction.begun_for is None:
+            await _roll_back(connection, raw)
         # A handler that has dug the connection out may have changed what SQLAlchemy knows of it; the pool's own net
         # catches what comes back with a transaction.
         if (
@@ -138,7 +180,13 @@ class Transactions:
         ):
             await _close(transaction)
         else:
+            self._keep(transaction)
+
+    def _keep(self, transaction: Transaction) -> None:
+        if transaction.begun_for is None:
             self._idle.append(transaction)
+        else:
+            self._begun[transaction.begun_for] = transaction
 
 
 async def _close(transaction: Transaction) -> None:
