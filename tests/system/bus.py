@@ -65,3 +65,35 @@ async def finished(sql: Sql, *event_ids: int, status: str = "completed", within:
             status,
         )
         raise AssertionError(f"not {status} within {within} s: {[dict(row) for row in rows]}") from None
+
+
+async def backfilled(sql: Sql) -> None:
+    """Wait until no pattern lacks earlier events."""
+    await until(
+        lambda: sql.fetchval("SELECT count(*) > 0 AND bool_and(backfilled_at IS NOT NULL) FROM pgebus.subscriptions")
+    )
+
+
+async def rounds(sql: Sql, count: int = 2) -> None:
+    """Wait until the maintenance has come round *count* times: after two, all of it was done once in between.
+
+    A key of nobody's is made to wait for nothing, which is for the sweep to find.
+    """
+    for _ in range(count):
+        await sql.execute(
+            "INSERT INTO pgebus.deliveries (event_id, due_at, channel, consumer_group, type, key, status)"
+            " VALUES (-1, now(), 'nowhere', 'nobody', 'nothing', 'canary', 'blocked')"
+        )
+        await until(
+            lambda: sql.fetchval("DELETE FROM pgebus.deliveries WHERE event_id = -1 AND status = 'pending' RETURNING 1")
+        )
+
+
+@asynccontextmanager
+async def in_flight(sql: Sql, isolation: Any = "repeatable_read") -> AsyncIterator[None]:
+    """Hold a transaction open on *sql* in the block, for which a backfill has to wait; rolled back at its end."""
+    transaction = sql.transaction(isolation=isolation)
+    await transaction.start()
+    await sql.fetchval("SELECT count(*) FROM pgebus.subscriptions")
+    yield
+    await transaction.rollback()

@@ -9,6 +9,7 @@ import pytest
 
 from pgebus import DatabaseSettings
 from pgebus._runtime import maintenance
+from tests.conftest import Server
 from tests.system.bus import Sql
 from tests.system.processes import Child, Inquest, watched
 from tests.system.worker_process import TABLES, Orders, Pipe
@@ -35,6 +36,20 @@ async def spawn(database: DatabaseSettings, sql: Sql) -> AsyncIterator[Spawn]:
     yield start
     for child in children:
         child.bury()
+
+
+@pytest.fixture
+def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the maintenance of every system in this process come round twenty times a second."""
+    monkeypatch.setattr(maintenance, "LOOK_SECONDS", 0.05)
+
+
+@pytest.fixture
+async def another(server: Server, database: DatabaseSettings) -> AsyncIterator[Sql]:
+    """Another plain connection, for somebody who stands in the way."""
+    connection = await server.connect(database.sqlalchemy_url().database)
+    yield connection
+    connection.terminate()
 
 
 @pytest.fixture

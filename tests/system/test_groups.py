@@ -5,25 +5,35 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
+from uuid import uuid4
 
 import asyncpg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 
 from pgebus import (
     ConfigurationError,
     DatabaseSessionManager,
     DatabaseSettings,
+    Event,
     EventContext,
     EventRouter,
     EventSystem,
     Group,
     Reject,
     operations,
+    publish_events,
 )
-from tests.system.bus import Sql, finished, publish, running, settings
+from pgebus._runtime.connecting import open_engines
+from pgebus._runtime.statements import Statements
+from pgebus._runtime.store import driver_of
+from pgebus.migrations import upgrade
+from tests.conftest import FAST, Server
+from tests.embedded import embedded
+from tests.system.bus import Sql, backfilled, delivery, finished, in_flight, publish, rounds, running, settings
+from tests.system.processes import Inquest
 from tests.system.waiting import until
 
 
@@ -32,13 +42,6 @@ async def deliveries(sql: Sql) -> list[tuple[Any, ...]]:
         "SELECT type, consumer_group, status FROM pgebus.deliveries ORDER BY event_id, consumer_group"
     )
     return [tuple(row) for row in rows]
-
-
-async def backfilled(sql: Sql) -> None:
-    """Wait until no pattern lacks earlier events."""
-    await until(
-        lambda: sql.fetchval("SELECT count(*) > 0 AND bool_and(backfilled_at IS NOT NULL) FROM pgebus.subscriptions")
-    )
 
 
 async def test_every_group_handles_an_event_by_itself(
@@ -242,6 +245,120 @@ async def test_concurrent_publishers_at_both_levels_lose_and_double_nothing(
         await each.close()
 
 
+async def test_a_publisher_that_is_prepared_meanwhile_is_waited_for(brisk: None) -> None:
+    """It is in a transaction under another name then, which tells nothing of the first one."""
+    seen: list[int] = []
+    router = EventRouter(group="g")
+
+    @router.on("a")
+    async def handle(ctx: EventContext, _payload: dict[str, Any]) -> None:
+        seen.append(ctx.event_id)
+
+    with embedded({**FAST, "max_prepared_transactions": "1"}) as postgres:
+        server = Server(make_url(postgres.url()))
+        database = server.settings("postgres")
+        await asyncio.to_thread(upgrade, database)
+        sql, publisher = await server.connect("postgres"), await server.connect("postgres")
+        await publisher.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM pgebus.subscriptions")
+        async with running(router, database, poll_interval_seconds=0.2):
+            await rounds(sql)
+            missed = await publisher.fetchval("INSERT INTO pgebus.events (type) VALUES ('a') RETURNING id")
+            await publisher.execute("PREPARE TRANSACTION 'later'")
+            await rounds(sql)
+            assert await sql.fetchval("SELECT backfilled_at FROM pgebus.subscriptions") is None
+            await publisher.execute("COMMIT PREPARED 'later'")
+            await backfilled(sql)
+            await until(lambda: asyncio.sleep(0, seen))
+        assert seen == [missed]
+        await publisher.close()
+        await sql.close()
+
+
+async def test_a_moment_counts_for_each_event_and_not_for_its_id(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql, another: Sql, brisk: None
+) -> None:
+    """A transaction that took long was created before others whose ids are lower."""
+    transaction = another.transaction()
+    await transaction.start()
+    start = await sql.fetchval("SELECT clock_timestamp()")
+    early = [await publish(sm, "a") for _ in range(2)]
+    before = await another.fetchval("INSERT INTO pgebus.events (type) VALUES ('a') RETURNING id")
+    await transaction.commit()
+    seen: list[int] = []
+    router = EventRouter(group=Group("g", start=start))
+
+    @router.on("a")
+    async def handle(ctx: EventContext, _payload: dict[str, Any]) -> None:
+        seen.append(ctx.event_id)
+
+    async with running(router, database):
+        await backfilled(sql)
+        late = await publish(sm, "a")
+        await until(lambda: asyncio.sleep(0, len(seen) == 3))
+    assert sorted(seen) == [*early, late]
+    assert early[-1] < before < late
+
+
+async def test_an_event_that_somebody_has_locked_delays_itself_only(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql, another: Sql, inquest: Inquest
+) -> None:
+    """Its own backfill, and not the events beside it, other patterns, or what dead workers have left."""
+    first, locked, last = [await publish(sm, "a") for _ in range(3)]
+    other = await publish(sm, "b")
+    router = EventRouter()
+    router.on("a", group=Group("g", start="beginning"))(_nothing)
+    router.on("b", group=Group("h", start="beginning"), name="b")(_nothing)
+    router.on("c", name="c")(_nothing)
+    async with AsyncExitStack() as stack:
+        locker = await stack.enter_async_context(sm.session())
+        async with in_flight(another):
+            await stack.enter_async_context(running(router, database, recovery_grace_seconds=0.1))
+            await rounds(sql)
+            # In a transaction that is later than whoever the backfill waits for.
+            await locker.execute(text("SELECT FROM pgebus.events WHERE id = :id FOR UPDATE"), {"id": locked})
+        await finished_in(sql, "h", other)
+        await finished_in(sql, "g", first, last)
+        left = await publish(sm, "c")
+        await finished(sql, left)
+        await sql.execute("INSERT INTO pgebus.workers (id, channel) VALUES (77, 'events')")
+        await sql.execute(
+            "UPDATE pgebus.deliveries SET status = 'running', finished_at = NULL, worker_id = 77, claimed_at = now()"
+            " WHERE event_id = $1",
+            left,
+        )
+        await finished(sql, left)
+        assert (await delivery(sql, left))["lost"] == 1
+        rows = await sql.fetch("SELECT pattern FROM pgebus.subscriptions WHERE backfilled_at IS NULL")
+        assert [row["pattern"] for row in rows] == ["a"]
+        await locker.rollback()
+        await finished_in(sql, "g", locked)
+        await backfilled(sql)
+
+
+async def test_a_role_that_may_not_read_the_sequence_cannot_start(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql
+) -> None:
+    """To such a role "from now" would be "from the beginning"."""
+    role = f"worker_{uuid4().hex}"
+    await sql.execute(
+        f"CREATE ROLE {role} LOGIN PASSWORD 'none'; GRANT USAGE ON SCHEMA pgebus TO {role};"
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA pgebus TO {role};"
+    )
+    url = database.sqlalchemy_url().set(username=role, password="none").render_as_string(hide_password=False)
+    visitor = DatabaseSettings.model_validate({"url": url})
+    try:
+        router = EventRouter()
+        router.on("a")(_nothing)
+        with pytest.raises(ConfigurationError, match="GRANT SELECT ON ALL SEQUENCES IN SCHEMA"):
+            await EventSystem(router, settings(visitor)).start()
+        assert await sql.fetchval("SELECT count(*) FROM pgebus.subscriptions") == 0
+        await sql.execute(f"GRANT SELECT ON ALL SEQUENCES IN SCHEMA pgebus TO {role}")
+        async with running(router, visitor):
+            await finished(sql, await publish(sm, "a"))
+    finally:
+        await sql.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
 async def test_a_group_is_limited_over_all_workers(
     database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql
 ) -> None:
@@ -292,6 +409,79 @@ async def test_a_group_is_limited_in_one_process(
     async with running(router, database):
         await finished(sql, *[await publish(sm, "a") for _ in range(20)])
     assert most == 1
+
+
+@pytest.mark.parametrize("change", ["paused", "limited"])
+async def test_a_group_that_an_operator_has_locked_delays_no_other(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql, change: str
+) -> None:
+    """He has paused it, or limited it, and not committed yet."""
+    router = EventRouter()
+    router.on("a", group=Group("few", max_running=2), name="few")(_nothing)
+    router.on("b")(_nothing)
+    async with running(router, database) as system:
+        await finished(sql, await publish(sm, "a"), await publish(sm, "b"))
+        async with sm.session() as operator:
+            if change == "paused":
+                await operations.pause_group(operator, "few")
+            else:
+                await operations.limit_group(operator, "few", 5)
+            waits = await publish(sm, "a")
+            for _ in range(3):
+                await finished(sql, await publish(sm, "b"), within=5)
+            assert (await delivery(sql, waits))["status"] == "pending"
+            await operator.rollback()
+        await finished(sql, waits, within=5)
+        assert [loop.failures for loop in system.health().loops] == [0] * 4
+
+
+async def test_a_worker_that_is_frozen_while_it_claims_delays_a_limited_group_only(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has locked the group; and that, too, until the server ends its transaction."""
+    router = EventRouter()
+    router.on("a", group=Group("few", max_running=2), name="few")(_nothing)
+    router.on("b")(_nothing)
+    with monkeypatch.context() as patch:
+        patch.setattr("pgebus._runtime.connecting.ANSWER_SECONDS", 3.0)
+        async with open_engines(settings(database)) as (engine, *_), engine.connect() as connection:
+            frozen = await driver_of(connection)
+            patch.undo()
+            async with running(router, database):
+                await finished(sql, await publish(sm, "a"), await publish(sm, "b"))
+                await frozen.execute("BEGIN")
+                assert await frozen.fetch(Statements("pgebus").lock_group, "events", "few")
+                waits = await publish(sm, "a")
+                for _ in range(3):
+                    await finished(sql, await publish(sm, "b"), within=5)
+                state = "SELECT state FROM pg_stat_activity WHERE pid = $1"
+                assert await sql.fetchval(state, frozen.get_server_pid()) == "idle in transaction"
+                await finished(sql, waits)
+            await connection.invalidate()
+
+
+async def test_a_start_does_not_wait_for_an_operator(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql, brisk: None
+) -> None:
+    """What is declared is written once he has let go of the group."""
+    before, router = EventRouter(), EventRouter()
+    before.on("a", group="g")(_nothing)
+    router.on("a", group=Group("g", max_running=3, dead_holds_key=True))(_nothing)
+    router.on("b", name="b")(_nothing)
+    declared = "SELECT max_running = 3 AND dead_holds_key FROM pgebus.consumer_groups WHERE consumer_group = 'g'"
+    async with running(before, database):
+        pass
+    system = EventSystem(router, settings(database))
+    async with sm.session() as operator:
+        await operations.pause_group(operator, "g")
+        async with asyncio.timeout(5):
+            await system.start()
+        await finished(sql, await publish(sm, "b"))
+        await rounds(sql)
+        assert not await sql.fetchval(declared)
+        await operator.rollback()
+    await until(lambda: sql.fetchval(declared))
+    await system.stop()
 
 
 async def test_a_paused_group_waits(database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql) -> None:
@@ -346,6 +536,35 @@ async def test_a_pattern_that_is_registered_late_is_served(
         await finished_in(sql, "late", before)
         await finished_in(sql, "late", await publish(sm, "b"))
     assert ("b.c", "default", "unhandled") not in await deliveries(sql)
+
+
+async def test_what_a_late_group_declares_counts_as_well(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql, brisk: None
+) -> None:
+    """Its options, in the database and in this process; and the worker says that it serves it."""
+    most = running_now = 0
+    router = EventRouter()
+    router.on("a")(_nothing)
+
+    async def handle(ctx: EventContext, _payload: dict[str, Any]) -> None:
+        nonlocal most, running_now
+        running_now += 1
+        most = max(most, running_now)
+        await asyncio.sleep(0)
+        running_now -= 1
+
+    async with running(router, database):
+        await finished(sql, await publish(sm, "a"))
+        router.on("b", group=Group("late", max_running=3, per_process=1, dead_holds_key=True))(handle)
+        await until(lambda: sql.fetchval("SELECT groups = '{default,late}' FROM pgebus.workers"))
+        row = await sql.fetchrow("SELECT * FROM pgebus.consumer_groups WHERE consumer_group = 'late'")
+        assert row is not None
+        assert (row["max_running"], row["dead_holds_key"]) == (3, True)
+        async with sm.session() as session:
+            events = await publish_events(session, [Event(type="b") for _ in range(20)])
+            await session.commit()
+            await finished(sql, *[event.id for event in events])
+    assert most == 1
 
 
 async def test_what_was_declared_is_written_at_the_start_and_left_to_the_operator(
