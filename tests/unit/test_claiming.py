@@ -26,6 +26,7 @@ from pgebus._runtime.quarantine import ALONE_SECONDS, DRAIN_SECONDS, LONGEST_WAI
 from pgebus._runtime.store import Store
 from pgebus._runtime.supervision import Crew
 from pgebus._runtime.waking import DatabaseClock, Wakeup
+from pgebus.groups import Group
 from pgebus.health import LoopHealth
 from pgebus.retry import RetryPolicy
 from pgebus.routing import EventRouter
@@ -37,6 +38,7 @@ class Shelf(Store):
     def __init__(self, journal: list[str]) -> None:
         self.journal = journal
         self.pending: deque[tuple[int, int]] = deque()  # event id, lost
+        self.unhandled: deque[int] = deque()
         self.limits: list[int] = []
         self.running: dict[int, Fence] = {}
         self.lost: dict[int, int] = {}
@@ -56,6 +58,8 @@ class Shelf(Store):
         return await self._claim(worker_id, groups[0], [item for item in self.pending if item[1] == 0][:limit], limit)
 
     async def claim_suspect(self, worker_id: int, groups: Sequence[str]) -> list[Lease]:
+        if not groups:
+            return []
         return await self._claim(worker_id, groups[0], [item for item in self.pending if item[1] > 0][:1])
 
     async def suspects(self, groups: Sequence[str]) -> bool:
@@ -105,7 +109,12 @@ class Shelf(Store):
         return [fence for fence in self.running.values() if fence.worker_id == worker_id]
 
     async def unhandled_types(self, groups: Sequence[str]) -> list[tuple[str, str]]:
-        return []
+        return [(groups[0], "order.placed")] if self.unhandled else []
+
+    async def adopt(self, worker_id: int, group: str, event_type: str, limit: int) -> tuple[int, list[Lease]]:
+        taken = [(self.unhandled.popleft(), 0) for _ in range(min(limit, len(self.unhandled)))]
+        self.pending.extend(taken)
+        return len(taken), await self._claim(worker_id, group, taken)
 
     async def limited_groups(self, groups: Sequence[str]) -> frozenset[str]:
         return frozenset()
@@ -164,10 +173,16 @@ class Registry(Presence):
         return await super().wait()
 
 
+async def handle(_ctx: object, _payload: object) -> None:
+    """Never called: the hands are busy."""
+
+
 class Bench:
     """A claimer with everything around it, for a worker that is present."""
 
-    def __init__(self, slots: int = 2, ahead: int = MAX_AHEAD, router: EventRouter | None = None) -> None:
+    def __init__(self, slots: int = 2, ahead: int = MAX_AHEAD, group: str | Group = "default") -> None:
+        self.router = EventRouter(group=group)
+        self.router.on("order.placed")(handle)
         self.journal: list[str] = []
         self.store = Shelf(self.journal)
         self.hands = Hands(self.journal)
@@ -179,7 +194,7 @@ class Bench:
         self.acknowledger = Acknowledger(self.store, self.holdings, self.settled, LoopHealth("acknowledge"))
         self.claimer = Claimer(
             self.store,
-            router or EventRouter(),
+            self.router,
             self.hands,
             self.acknowledger,
             holdings=self.holdings,
@@ -427,6 +442,41 @@ async def test_an_idle_worker_sets_its_flag_and_looks_once_more(bench: Bench) ->
         await until(lambda: bench.store.asked > asked)
 
 
+async def test_a_flag_that_was_cleared_while_all_hands_were_full_is_set_again(standing_still: Time) -> None:
+    """Or nobody would wake the worker before its next look, which may be long after."""
+    bench = Bench(slots=2)
+    bench.hands.hold(5, 6, 7, 8)
+    async with bench.runs():
+        await until(lambda: bench.store.idle)
+        await pass_by(bench, standing_still, 30.0)  # its next look is as far away
+        for event_id in range(1, 5):
+            bench.store.add(event_id)
+            bench.wakeup.look()
+            await bench.done(event_id)
+        bench.store.add(5, 6, 7, 8)
+        bench.wakeup.look()
+        await until(lambda: len(bench.holdings) == 4)  # it could take more, and there is no more
+        standing_still.now += 1.1
+        bench.wakeup.stir()
+        await until(lambda: not bench.store.idle)
+        asked = bench.store.asked
+        for held in bench.hands.held.values():
+            held.set()
+        await bench.done(8)
+        await until(lambda: bench.store.idle)
+        await until(lambda: bench.store.asked > asked + 1)  # once more after the flag was set
+
+
+async def test_what_was_put_aside_and_what_comes_in_take_turns_in_one_slot(standing_still: Time) -> None:
+    bench = Bench(slots=1, ahead=0)
+    bench.store.unhandled.extend(range(1, 11))
+    bench.store.add(*range(101, 111))
+    async with bench.runs():
+        await bench.done(20)
+    for first in range(0, 20, 2):
+        assert sorted(event_id > 100 for event_id in bench.began[first : first + 2]) == [False, True]
+
+
 async def test_an_absent_worker_claims_nothing(bench: Bench) -> None:
     bench.presence.leave()
     bench.store.add(1)
@@ -541,6 +591,21 @@ async def test_a_suspect_for_which_nothing_makes_way_starts_beside_others(bench:
         assert bench.began == [1]
         await pass_by(bench, standing_still, 3.0)
         assert bench.hands.busy == {1, 2}
+
+
+async def test_a_suspect_waits_for_its_group_however_long(standing_still: Time) -> None:
+    """One that runs no more than so many at once in a process doesn't run one more for its sake."""
+    bench = Bench(slots=3, group=Group("default", per_process=1))
+    bench.store.add(1)
+    bench.hands.hold(1, 2)
+    async with bench.runs():
+        await until(lambda: bench.hands.busy == {1})
+        await come_to_rest()
+        bench.store.add(2, lost=1)
+        await pass_by(bench, standing_still, LONGEST_WAIT_SECONDS + 5.0)
+        assert bench.began == [1]
+        bench.hands.held[1].set()
+        await until(lambda: bench.hands.busy == {2})
 
 
 async def test_what_waits_here_is_given_back_when_a_suspect_wants_to_be_alone(
@@ -792,15 +857,11 @@ async def test_what_runs_here_is_no_stray(bench: Bench, monkeypatch: pytest.Monk
         assert bench.journal == ["began 1"]
 
 
-async def _nothing(_ctx: object, _payload: object) -> None: ...
-
-
 async def test_nothing_is_held_ahead_where_a_handler_has_no_attempts_to_spare(standing_still: Time) -> None:
     """What is held when the process dies is charged an attempt, begun or not; also for a handler registered late."""
-    router = EventRouter()
-    bench = Bench(router=router)
+    bench = Bench()
     await run_ten(bench)
-    router.on("a", retry=RetryPolicy(max_attempts=1))(_nothing)
+    bench.router.on("a", retry=RetryPolicy(max_attempts=1))(handle)
     bench.claimer.learn()
     bench.hands.hold(11, 12)
     bench.store.add(*range(11, 20))

@@ -617,6 +617,18 @@ def not_twice(oracle: Oracle) -> bool:
     return len(edges) == len(set(edges))
 
 
+def test_only_so_many_types_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come from outside, and a pattern takes any number of them."""
+    monkeypatch.setattr("pgebus.routing.MAX_RESOLVED", 3)
+    router = EventRouter()
+    router.on("order.#", name="all")(handle)
+    router.on("order.n7", name="seven")(other)
+    for _ in range(2):
+        for n in range(10):
+            assert names(router, f"order.n{n}") == (["all", "seven"] if n == 7 else ["all"])
+            assert 1 <= len(router._resolved) <= 3
+
+
 def test_ten_thousand_routes_are_looked_up_like_one() -> None:
     root, child = EventRouter("shop"), EventRouter()
     root.include_router(child)
