@@ -450,7 +450,8 @@ async def test_a_worker_that_is_frozen_while_it_claims_delays_a_limited_group_on
             async with running(router, database):
                 await finished(sql, await publish(sm, "a"), await publish(sm, "b"))
                 await frozen.execute("BEGIN")
-                assert await frozen.fetch(Statements("pgebus").lock_group, "events", "few")
+                lock = Statements("pgebus").lock_group
+                await until(lambda: frozen.fetch(lock, "events", "few"))  # not while the other one claims
                 waits = await publish(sm, "a")
                 for _ in range(3):
                     await finished(sql, await publish(sm, "b"), within=5)

@@ -39,6 +39,7 @@ class Shelf(Store):
         self.journal = journal
         self.pending: deque[tuple[int, int]] = deque()  # event id, lost
         self.unhandled: deque[int] = deque()
+        self.limited = self.locked = False
         self.limits: list[int] = []
         self.running: dict[int, Fence] = {}
         self.lost: dict[int, int] = {}
@@ -117,7 +118,12 @@ class Shelf(Store):
         return len(taken), await self._claim(worker_id, group, taken)
 
     async def limited_groups(self, groups: Sequence[str]) -> frozenset[str]:
-        return frozenset()
+        return frozenset(groups if self.limited else ())
+
+    async def claim_limited(
+        self, worker_id: int, group: str, limit: int, *, suspect: bool = False
+    ) -> list[Lease] | None:
+        return None if self.locked else await self.claim(worker_id, [group], limit)
 
     async def next_due(self, groups: Sequence[str]) -> tuple[float, float | None]:
         return 5_000.0, None
@@ -475,6 +481,19 @@ async def test_what_was_put_aside_and_what_comes_in_take_turns_in_one_slot(stand
         await bench.done(20)
     for first in range(0, 20, 2):
         assert sorted(event_id > 100 for event_id in bench.began[first : first + 2]) == [False, True]
+
+
+async def test_a_group_that_was_locked_is_tried_again_soon(standing_still: Time) -> None:
+    """Nobody says when it is free."""
+    bench = Bench()
+    bench.store.limited = bench.store.locked = True
+    bench.store.add(1)
+    async with bench.runs():
+        await until(lambda: bench.store.idle)
+        await come_to_rest()
+        assert bench.began == []
+        bench.store.locked = False
+        await bench.done(1)
 
 
 async def test_an_absent_worker_claims_nothing(bench: Bench) -> None:
