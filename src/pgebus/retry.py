@@ -25,11 +25,13 @@ class RetryPolicy:
     """How often a delivery is tried, and how far apart.
 
     Attributes:
-        max_attempts: Executions, counted from 1, after which the delivery is dead; 1 to 1000.
+        max_attempts: Executions of the delivery, counted from 1, after which it is dead; 1 to 1000. All handlers of a
+            delivery share its attempts: those that another one has failed count as well.
         first: Largest delay after the first failure.
         ceiling: Largest delay of all, not less than *first*.
         dead_on: Exceptions after which no further attempt is made, like a `Reject`; without an entry for it, a payload
-            that does not fit its handler's type is tried again like everything else.
+            that does not fit its handler's type is tried again like everything else. A `Retry` or `Snooze` goes before
+            it, even where `Exception` is one of them.
 
     Raises:
         ConfigurationError: If a value is out of range, or they contradict each other.

@@ -94,6 +94,18 @@ def test_snooze_is_neither_counted_nor_a_failure(attempt: int) -> None:
     assert decision(Snooze(timedelta(days=1)), attempt) == Reschedule(timedelta(days=1), counted=False)
 
 
+def test_a_signal_goes_before_what_the_policy_calls_final() -> None:
+    """The handler that raises it knows more than its policy, which may say Exception."""
+    policy = RetryPolicy(max_attempts=3, dead_on=(Exception,))
+    for signal in (Retry(), Retry(timedelta(0)), Snooze(timedelta(0))):
+        outcome = decide(signal, handler=None, attempt=1, policy=policy, rng=Random(1))
+        assert isinstance(outcome, Reschedule)
+    for error in (Reject("no"), ValueError("no")):
+        outcome = decide(error, handler=None, attempt=1, policy=policy, rng=Random(1))
+        assert isinstance(outcome, DeadLetter)
+    assert isinstance(decide(Retry(), handler=None, attempt=3, policy=policy, rng=Random(1)), DeadLetter)
+
+
 @pytest.mark.parametrize("error", [ValueError(), Retry(timedelta(0)), Snooze(timedelta(0)), Reject("never")])
 def test_handlers_that_succeeded_are_remembered(error: Exception) -> None:
     assert decision(error, handled=("shop.log", "shop.mail")).handled == ("shop.log", "shop.mail")

@@ -11,7 +11,7 @@ from datetime import timedelta
 from random import Random
 from typing import Any, Final
 
-from pgebus.retry import Reject, Retry, RetryPolicy, Snooze, retry_delay
+from pgebus.retry import Reject, Retry, RetryPolicy, Signal, Snooze, retry_delay
 
 # What is stored of one error. Errors come from anywhere, are of any size, and the row has to stay narrow.
 MAX_MESSAGE_CHARS: Final = 1_024
@@ -104,13 +104,15 @@ def decide(
 ) -> Reschedule | DeadLetter:
     """Return what becomes of a delivery whose *handler* raised *error* in attempt number *attempt*.
 
-    `Snooze` is never counted. `Reject` is final, and so is what the policy calls so. `Retry` and every other exception
-    are tried again until the policy's attempts are used up.
+    `Snooze` is never counted. `Reject` is final, and so is what the policy calls so, signals apart: the handler that
+    raises one knows more than its policy. `Retry` and every other exception are tried again until the policy's attempts
+    are used up.
     """
     if isinstance(error, Snooze):
         return Reschedule(error.delay, counted=False, handled=handled)
     failure = describe(error, handler)
-    if isinstance(error, (Reject, *policy.dead_on)) or attempt >= policy.max_attempts:
+    final = isinstance(error, Reject if isinstance(error, Signal) else policy.dead_on)
+    if final or attempt >= policy.max_attempts:
         return DeadLetter(failure, handled)
     if isinstance(error, Retry) and error.delay is not None:
         return Reschedule(error.delay, counted=True, failure=failure, handled=handled)
