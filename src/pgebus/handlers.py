@@ -9,10 +9,11 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FunctionType, MethodType, SimpleNamespace
-from typing import Any, Final, get_origin, get_type_hints
+from typing import Any, Final, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
@@ -27,16 +28,27 @@ MAX_HANDLER_NAME_BYTES: Final = MAX_EVENT_TYPE_BYTES
 
 HandlerFunction = Callable[[Any, Any], object]
 
-# Annotations for which the payload is passed as it is.
+# Annotations for which the payload is passed as it is, unless they say more of what is in it.
 _TAKES_THE_DICT: Final = (Any, object, dict, Mapping, MutableMapping)
+_SAYS_NOTHING: Final = (Any, object)
+# What pydantic makes of types that no JSON object is ever valid for. What is not named here may be.
+_NO_OBJECTS: Final = frozenset(
+    {
+        "bool", "bytes", "callable", "complex", "date", "datetime", "decimal", "enum", "float", "frozenset",
+        "generator", "int", "is-instance", "is-subclass", "json", "list", "literal", "multi-host-url", "none", "set",
+        "str", "time", "timedelta", "tuple", "url", "uuid",
+    }
+)  # fmt: skip
+# And what looks for one inside.
+_WRAPPERS: Final = frozenset({"default", "definitions", "function-after", "nullable"})
 
 if sys.version_info >= (3, 14):
     from annotationlib import Format
 
     # Annotations are evaluated on demand there; one that is imported for type checkers only would raise.
-    _signature = functools.partial(inspect.signature, follow_wrapped=False, annotation_format=Format.STRING)
+    _signature = functools.partial(inspect.signature, annotation_format=Format.STRING)
 else:
-    _signature = functools.partial(inspect.signature, follow_wrapped=False)
+    _signature = inspect.signature
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +140,7 @@ def _check_callable(function: object) -> bool:
         raise InvalidHandlerError(f"{_shown(function)} {problem}. A handler is 'async def handler(ctx, payload)'.")
     try:
         # The annotations of a handler need not resolve, and what a decorator hides is the decorator's affair.
-        _signature(function).bind(None, None)  # type: ignore[arg-type]  # _problem_with() made sure it is callable
+        _signature(function, follow_wrapped=False).bind(None, None)  # type: ignore[arg-type]  # _problem_with() made sure it is callable
     except TypeError as error:
         raise InvalidHandlerError(
             f"{_shown(function)} cannot be called with two positional arguments ({error}). "
@@ -174,39 +186,73 @@ def _called(function: Any) -> Any:
 
 def _payload_adapter(function: Any) -> TypeAdapter[Any] | None:
     """Return what makes the second argument of *function*, or None where it takes the dict."""
-    parameters = [
-        each
-        for each in _signature(function).parameters.values()
-        if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD, each.VAR_POSITIONAL)
-    ]
-    # With *args, the payload is one of them.
-    annotation = parameters[1].annotation if len(parameters) > 1 else inspect.Parameter.empty
+    annotation = _payload_annotation(function)
     if annotation is inspect.Parameter.empty:
         return None
     wanted = _resolved(function, annotation)
-    if (get_origin(wanted) or wanted) in _TAKES_THE_DICT:
+    if _takes_the_dict(wanted):
         return None
     try:
-        return TypeAdapter(wanted)
+        adapter: TypeAdapter[Any] = TypeAdapter(wanted)
+        # Looking at it makes pydantic resolve what it has put off, which may fail.
+        fits = _may_fit_an_object(adapter.core_schema)
     except (PydanticUserError, TypeError) as error:
         raise InvalidHandlerError(
-            f"{_shown(function)} takes a payload of a type that none can be made from: {error}. Annotate it with dict, "
-            "a pydantic model, a dataclass or a TypedDict."
+            f"{_shown(function)} takes a payload of a type that none can be made from: {_first_line(error)}. Annotate "
+            "it with dict, a pydantic model, a dataclass or a TypedDict, and define all of it above the handler."
         ) from error
+    if not fits:
+        raise InvalidHandlerError(
+            f"{_shown(function)} takes a payload of type {inspect.formatannotation(wanted)[:80]}, which none will ever "
+            "fit: a payload is a JSON object. Annotate it with dict, a pydantic model, a dataclass or a TypedDict."
+        )
+    return adapter
+
+
+def _payload_annotation(function: Any) -> Any:
+    """Return the annotation of the second argument: of what is called, else of what that wraps."""
+    annotation = inspect.Parameter.empty
+    for follow_wrapped in (False, True):
+        parameters = [
+            each
+            for each in _signature(function, follow_wrapped=follow_wrapped).parameters.values()
+            if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD, each.VAR_POSITIONAL)
+        ]
+        # With *args, the payload is one of them.
+        if annotation is inspect.Parameter.empty and len(parameters) > 1:
+            annotation = parameters[1].annotation
+    return annotation
+
+
+def _takes_the_dict(wanted: Any) -> bool:
+    if (get_origin(wanted) or wanted) not in _TAKES_THE_DICT:
+        return False
+    *key, value = get_args(wanted) or (Any,)
+    return value in _SAYS_NOTHING and all(each in (str, *_SAYS_NOTHING) for each in key)
+
+
+def _may_fit_an_object(schema: Any) -> bool:
+    """Tell whether a JSON object can be valid for *schema*, where that is easily told."""
+    kind = schema["type"]
+    if kind in _WRAPPERS or (kind == "model" and schema.get("root_model")):
+        return _may_fit_an_object(schema["schema"])
+    if kind == "union":
+        choices = (each[0] if isinstance(each, tuple) else each for each in schema["choices"])
+        return any(map(_may_fit_an_object, choices))
+    return kind not in _NO_OBJECTS
 
 
 def _resolved(function: Any, annotation: Any) -> Any:
     """Return the annotation as an object; the others of the function need not be there at run time."""
     if not isinstance(annotation, str):
         return annotation
-    plain = _called(function)
-    plain = getattr(plain, "__func__", plain)
-    known: Mapping[str, Any] = getattr(plain, "__globals__", {})
-    # Names of the functions around it, as far as its own body uses them.
-    around = inspect.getclosurevars(plain).nonlocals if isinstance(plain, FunctionType) else {}
+    outer = _function_of(function)
+    # A decorator's wrapper has the annotations of what it wraps, which were written among other names.
+    inner = _function_of(inspect.unwrap(outer))
+    known: dict[str, Any] = {**getattr(outer, "__globals__", {}), **getattr(inner, "__globals__", {})}
     try:
         hints = get_type_hints(
-            SimpleNamespace(__annotations__={"payload": annotation}), dict(known), dict(around), include_extras=True
+            SimpleNamespace(__annotations__={"payload": annotation}), known, _names_around(inner), include_extras=True
         )
     except (NameError, SyntaxError, AttributeError, TypeError) as error:
         raise InvalidHandlerError(
@@ -214,6 +260,21 @@ def _resolved(function: Any, annotation: Any) -> Any:
             "Import the type at run time, at the top of the module; or annotate with dict to get the dict."
         ) from error
     return hints["payload"]
+
+
+def _names_around(function: Any) -> dict[str, Any]:
+    """Return the names of the functions around it that its own body uses, as far as they have a value by now."""
+    names: dict[str, Any] = {}
+    if isinstance(function, FunctionType):
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            with suppress(ValueError):  # assigned later: the function itself, for one
+                names[name] = cell.cell_contents
+    return names
+
+
+def _function_of(function: Any) -> Any:
+    called = _called(function)
+    return getattr(called, "__func__", called)
 
 
 def _name_of(function: object) -> str:
@@ -244,6 +305,10 @@ def _shown(function: object) -> str:
     """Return what a message calls it; never its repr, which may hold anything."""
     qualified = getattr(function, "__qualname__", None)
     return f"{qualified[:120]!r}" if isinstance(qualified, str) else f"An object of type {_type_name(function)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 def _type_name(value: object) -> str:
