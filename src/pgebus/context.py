@@ -5,7 +5,7 @@ Holds no connection of its own and does no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,8 @@ class EventContext:
             Never commit it: returning commits, raising rolls back.
         event_id: The id of the event.
         group: The consumer group that the handlers belong to.
-        attempt: This execution, counted from 1. Executions whose process died are counted.
+        attempt: This execution of the delivery, counted from 1, whichever of its handlers failed the others. Executions
+            whose process died are counted.
         claim_seq: Grows with every claim of this delivery: a fencing token for systems outside this database.
     """
 
@@ -42,7 +43,7 @@ class EventContext:
         group: str,
         attempt: int,
         claim_seq: int,
-        publish: Callable[..., Awaitable[Event]],
+        publish: Callable[..., Coroutine[Any, Any, Event]],
         session: GuardedSession | None = None,
     ) -> None:
         self._make_event = event
@@ -64,15 +65,15 @@ class EventContext:
             self._event = self._make_event()
         return self._event
 
-    async def publish(
+    def publish(
         self,
         event_type: str,
         payload: dict[str, Any] | BaseModel | DataclassInstance,
         channel: str | None = None,
         run_at: datetime | None = None,
         **options: Any,
-    ) -> Event:
-        """Publish an event that this one has caused; its headers say so.
+    ) -> Coroutine[Any, Any, Event]:
+        """Publish an event that this one has caused; its headers say so. Await it.
 
         In the handlers' transaction where there is one: it is published if, and only if, the delivery is completed.
         Else in a transaction of its own, committed when this returns: after a failure or a crash, the next attempt may
@@ -88,9 +89,9 @@ class EventContext:
 
         Raises:
             PgebusError: As `publish_event()` does.
-            StateError: From a plain function, which runs in a thread.
+            StateError: At once, from a plain function: it runs in a thread, and cannot await anything.
         """
-        return await self._publish(event_type, payload, channel, run_at, **options)
+        return self._publish(event_type, payload, channel, run_at, **options)
 
     def __repr__(self) -> str:
         return f"<EventContext event_id={self.event_id} group={self.group!r} attempt={self.attempt}>"

@@ -82,7 +82,7 @@ class EventSystem:
         self._patience: float = settings.event_system.shutdown_timeout_seconds
         self._crew = Crew()
         self._holdings = Holdings()
-        self._threads = Threads(settings.event_system.n_workers)
+        self._threads = Threads()
         self._clock = DatabaseClock()
         self._wakeup = Wakeup(self._clock)
         self._presence = Presence(self._departed)

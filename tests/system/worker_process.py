@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -174,6 +175,30 @@ async def _work(parent: Pipe, orders: Orders) -> None:
             async with EventSystem(router_for(stage), settings):
                 stage.say("ready", 0)
                 await asyncio.Event().wait()
+
+
+def outlast(parent: Pipe, orders: Orders) -> None:
+    """Be a worker whose handler never returns; when told, stop, and come to the end of the program."""
+    with patch("pgebus.system._CANCELLED_SECONDS", 0.05):
+        asyncio.run(_outlast(parent, orders))
+
+
+async def _outlast(parent: Pipe, orders: Orders) -> None:
+    settings = Settings(database=DatabaseSettings.model_validate({"url": orders.url}), event_system=orders.event_system)
+    router, gate = EventRouter(), asyncio.Event()
+
+    @router.on("job.endless", name="endless")
+    def endless(ctx: EventContext, payload: dict[str, Any]) -> None:
+        parent.send(("inside", ctx.event_id))
+        threading.Event().wait()
+
+    asyncio.get_running_loop().add_reader(parent.fileno(), _listen, parent, gate)
+    async with EventSystem(router, settings) as system:
+        parent.send(("ready", 0))
+        await gate.wait()
+        await system.stop(wait_for_completion=False)
+    asyncio.get_running_loop().remove_reader(parent.fileno())
+    parent.send(("stopped", 0))
 
 
 def _listen(parent: Pipe, gate: asyncio.Event) -> None:

@@ -133,6 +133,7 @@ def not_async(ctx: EventContext, payload: dict[str, Any]) -> None:
 async def publishing(ctx: EventContext, payload: Order) -> None:
     """Takes a type of its own, and publishes."""
     assert_type(await ctx.publish("a.b", {}), Event)
+    ctx.publish("a.b", {})  # type: ignore[unused-coroutine]  # it is to be awaited
 
 
 async def call_again(ctx: EventContext) -> None:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from random import Random
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast, get_args
 
 from pydantic import ValidationError
+from pydantic_core.core_schema import ErrorType
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from pgebus._causes import caused_by, inherit
 from pgebus._guard import dispatch_session, flush
 from pgebus._runtime import faults
 from pgebus._runtime.events import event_from_row
@@ -26,6 +29,7 @@ from pgebus._runtime.outcome import (
     Complete,
     DeadLetter,
     Failure,
+    Lost,
     Outcome,
     Reschedule,
     Unhandle,
@@ -33,12 +37,13 @@ from pgebus._runtime.outcome import (
     describe,
 )
 from pgebus._runtime.supervision import DATABASE_ERRORS, is_dismissed
-from pgebus._runtime.threads import Threads
+from pgebus._runtime.threads import Abandoned, Call, Threads
 from pgebus._runtime.transacting import NotBegunError, Transactions
 from pgebus.context import EventContext
 from pgebus.errors import LeaseLostError, PayloadValidationError, StateError, TransactionEndedError
 from pgebus.handlers import Handler
 from pgebus.models import Event
+from pgebus.payloads import check_headers
 from pgebus.publishing import publish_event
 from pgebus.retry import RetryPolicy, Signal
 from pgebus.routing import EventRouter
@@ -50,6 +55,11 @@ logger = logging.getLogger(__name__)
 REPLAYS: Final = 5
 _REPLAY_PAUSE_SECONDS: Final = 0.005
 _LOGGED_CHARS: Final = 300
+# Whose text is not pydantic's own, or names a value.
+_QUOTING: Final = frozenset(
+    {"value_error", "assertion_error", "union_tag_invalid", "get_attribute_error", "iteration_error", "mapping_type"}
+)
+_OWN_TYPES: Final = frozenset(get_args(ErrorType))
 
 
 # Returns the next delivery, if there is one that the given function accepts: from then on it belongs to this task.
@@ -99,8 +109,16 @@ class _Decoded:
         except ValidationError as error:
             # Without the values: they are the payload, and what is raised here is stored and logged.
             found = error.errors(include_url=False, include_context=False, include_input=False)
-            places = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'payload'}: {each['msg']}" for each in found[:10])
-            raise PayloadValidationError(f"The payload does not fit {handler.name}: {places}") from None
+            flaws = "; ".join(
+                f"{'.'.join(map(str, each['loc'])) or 'payload'}: {each['type' if _may_quote(each['type']) else 'msg']}"
+                for each in found[:10]
+            )
+            raise PayloadValidationError(f"The payload does not fit {handler.name}: {flaws}") from None
+
+
+def _may_quote(error_type: str) -> bool:
+    """Return whether the text of such an error may hold parts of the payload: whatever a validator has written may."""
+    return error_type in _QUOTING or error_type not in _OWN_TYPES
 
 
 class Dispatcher:
@@ -126,6 +144,8 @@ class Dispatcher:
         own: Callable[[], AsyncSession],
     ) -> None:
         self._threads = threads
+        # The last call of each delivery that has made one in a thread.
+        self._calls: dict[Lease, Call] = {}
         self._own = own
         self._router = router
         self._transactions = transactions
@@ -133,7 +153,7 @@ class Dispatcher:
         self._rng = rng
 
     async def dispatch(self, lease: Lease, following: Following | None = None) -> Outcome:
-        """Run the handlers of *lease* and return what becomes of it.
+        """Run the handlers of *lease* and return what becomes of it, when none of them runs any more.
 
         Args:
             lease: The delivery.
@@ -142,21 +162,32 @@ class Dispatcher:
         Raises:
             asyncio.CancelledError: When the task was cancelled from outside; nothing of a transaction stays.
         """
+        handlers: Sequence[Handler] = ()
         try:
-            outcome = await self._dispatch(lease, following)
-            await self._transactions.forgo(lease)  # where its handlers were not even asked
-            return outcome
+            handlers = self._router.handlers_for(lease.type, lease.fence.group)
+            try:
+                return await self._dispatch(lease, handlers, following)
+            finally:
+                if self._transactions.begun:
+                    await self._transactions.forgo(lease)  # where its handlers were not even asked
+                # A thread may outlast its time limit, and the transaction. Somebody else who had the delivery, or the
+                # next one of its key, would run beside it.
+                if self._calls and (call := self._calls.pop(lease, None)) is not None:
+                    await call.wait()
+        except Abandoned:
+            # It stays as it is, claimed, until others see that this worker is gone.
+            return Lost()
         except Exception as error:  # noqa: BLE001 - not even a bug of ours may run one delivery for ever, uncounted
             logger.critical("Event %d could not be dispatched: this is a bug in pgebus.", lease.fence.event_id)
-            return self._failed(lease, error, None, lease.handled)
+            return self._failed(lease, error, None, self._strictest(handlers), lease.handled)
 
-    async def _dispatch(self, lease: Lease, following: Following | None) -> Outcome:
-        handlers = self._router.handlers_for(lease.type, lease.fence.group)
+    async def _dispatch(self, lease: Lease, handlers: Sequence[Handler], following: Following | None) -> Outcome:
         if not handlers:
             return Unhandle()
-        # The strictest of those that may have killed it: one that is to be tried once must not be tried twice.
+        # The strictest of those that may have killed it. Attempts belong to the delivery, and nobody knows any more
+        # which of them began: a handler that may run once must not do so again after a crash.
         left = [handler for handler in handlers if handler.name not in lease.handled] or handlers
-        if lease.lost and lease.attempt > min(self._policy_of(handler).max_attempts for handler in left):
+        if lease.lost and lease.attempt > self._strictest(left).max_attempts:
             # Nobody could say so when it happened: the process that ran the last attempt died in it. Where attempts
             # are over for another reason, such as a setting that was lowered, the handlers run once more.
             times = "once" if lease.lost == 1 else f"{lease.lost} times"
@@ -173,14 +204,19 @@ class Dispatcher:
         """Run handlers that need no transaction; the ones that succeeded are remembered."""
         context = self._context(lease, decoded, None)
         handled = list(lease.handled)
+        stopped = False
         for handler in handlers:
             if handler.name in handled:
                 continue
+            if stopped:
+                return Reschedule(timedelta(0), counted=False, handled=tuple(handled))
             try:
                 await self._call(handler, context, lease, decoded)
             except _HandlerFailed as failed:
-                return self._failed(lease, failed.error, failed.handler, tuple(handled))
+                return self._failed(lease, failed.error, failed.handler, self._policy_of(handler), tuple(handled))
             handled.append(handler.name)
+            # A thread goes on when it is told to stop, and what it did is done.
+            stopped = handler.threaded and is_dismissed(asyncio.current_task())
         return Complete()
 
     async def _in_transaction(
@@ -201,7 +237,7 @@ class Dispatcher:
             else:
                 return Committed()
             if not faults.is_replayable(error) or isinstance(error, Signal) or replay == REPLAYS:
-                return self._after(lease, error, handler)
+                return self._after(lease, error, handler, handlers)
             logger.debug("Event %d: %s; the transaction runs again.", lease.fence.event_id, error)
             await asyncio.sleep(_REPLAY_PAUSE_SECONDS * 2**replay * self._rng.random())
         raise AssertionError("the last replay returns")
@@ -224,15 +260,12 @@ class Dispatcher:
         fence = lease.fence
         async with self._transactions.open(lease) as transaction:
             async with dispatch_session(transaction.connection, begin=transaction.begin) as session:
-                context = self._context(lease, decoded, GuardedSession(session, _caused_by(lease, decoded)))
+                inherited = caused_by(fence.event_id, decoded.headers)
+                context = self._context(lease, decoded, GuardedSession(session, inherited))
                 try:
                     for handler in handlers:
-                        await self._call(handler, context, lease, decoded)
-                        try:
-                            # After each, so that what fails here is the failure of the handler that caused it.
-                            await flush(session)
-                        except Exception as error:
-                            raise _HandlerFailed(handler, error) from error
+                        # The flush after each, so that what fails in it is the failure of the handler that caused it.
+                        await self._call(handler, context, lease, decoded, partial(flush, session))
                 finally:
                     transaction.spoilt = session.sync_session.guard.unsafe
             # The fenced completion is the last thing that the transaction does. A COMMIT that PostgreSQL answered with
@@ -251,24 +284,42 @@ class Dispatcher:
                     ) from error
                 raise
 
-    def _policy_of(self, handler: Handler | None) -> RetryPolicy:
-        return self._policy if handler is None or handler.retry is None else handler.retry
+    def _policy_of(self, handler: Handler) -> RetryPolicy:
+        return self._policy if handler.retry is None else handler.retry
 
-    async def _call(self, handler: Handler, context: EventContext, lease: Lease, decoded: _Decoded) -> None:
-        """Run one handler; whatever it raises is its failure, except a cancellation that was meant for the task."""
+    def _strictest(self, handlers: Sequence[Handler]) -> RetryPolicy:
+        """Return the policy that decides when it cannot be said which of *handlers* has failed."""
+        return min(map(self._policy_of, handlers), key=lambda policy: policy.max_attempts, default=self._policy)
+
+    async def _call(
+        self,
+        handler: Handler,
+        context: EventContext,
+        lease: Lease,
+        decoded: _Decoded,
+        flush: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Run one handler; whatever it raises is its failure, except a cancellation that was meant for the task.
+
+        Args:
+            handler: Which one.
+            context: Its first argument, where it runs in this task.
+            lease: The delivery.
+            decoded: Makes its second argument.
+            flush: Sends what it has left in the session of the transaction; None where there is none.
+        """
         try:
             argument = decoded.argument(handler)
-            if handler.timeout is None and not handler.threaded:
-                await cast("Awaitable[object]", handler.function(context, argument))
+            if handler.timeout is not None and not handler.threaded:
+                await _call_in_time(handler, context, argument, flush)
                 return
-            async with asyncio.timeout(None if handler.timeout is None else handler.timeout.total_seconds()):
-                if handler.threaded:
-                    await self._threads.run(
-                        handler.function, self._context(lease, decoded, None, threaded=True), argument
-                    )
-                else:
-                    await cast("Awaitable[object]", handler.function(context, argument))
-        except KeyboardInterrupt:
+            if handler.threaded:
+                await self._call_in_thread(handler, lease, decoded, argument, in_transaction=flush is not None)
+            else:
+                await cast("Awaitable[object]", handler.function(context, argument))
+            if flush is not None:
+                await flush()
+        except (KeyboardInterrupt, _HandlerFailed, Abandoned):
             raise
         except BaseException as error:
             task = asyncio.current_task()
@@ -279,14 +330,48 @@ class Dispatcher:
                     task.uncancel()
             raise _HandlerFailed(handler, error) from error
 
-    def _after(self, lease: Lease, error: BaseException, handler: Handler | None) -> Outcome:
-        """Decide after a transaction that failed."""
+    async def _call_in_thread(
+        self, handler: Handler, lease: Lease, decoded: _Decoded, argument: object, *, in_transaction: bool
+    ) -> None:
+        """Call a plain function; where its time is up, or the task is cancelled, `dispatch()` waits for its end.
+
+        Raises:
+            _HandlerFailed: What it raised, or that its time was up.
+            asyncio.CancelledError: When a transaction should not wait for its end.
+        """
+        context = self._context(lease, decoded, None, threaded=True)
+        call = self._calls[lease] = self._threads.call(handler.function, context, argument)
+        try:
+            in_time = await call.is_over(_seconds(handler))
+        except asyncio.CancelledError:
+            if in_transaction:
+                raise
+            # It does not notice, and nothing waits for it but its delivery: what it comes to is worth knowing.
+            await call.wait()
+            in_time = True
+        if not in_time:
+            logger.warning(
+                "%s still runs in its thread, and its time for event %d is up: the attempt has failed, and the "
+                "delivery waits for the function to return.",
+                handler.name,
+                lease.fence.event_id,
+                extra={"pgebus_event_id": lease.fence.event_id, "pgebus_group": lease.fence.group},
+            )
+            raise _HandlerFailed(handler, _too_late(handler))
+        if call.error is not None:
+            raise _HandlerFailed(handler, call.error)
+
+    def _after(
+        self, lease: Lease, error: BaseException, handler: Handler | None, handlers: Sequence[Handler]
+    ) -> Outcome:
+        """Decide after a transaction that failed: in *handler*, or after all of *handlers*."""
+        policy = self._strictest(handlers) if handler is None else self._policy_of(handler)
         extra = {"pgebus_event_id": lease.fence.event_id, "pgebus_group": lease.fence.group}
         if handler is None and isinstance(error, LeaseLostError):
             logger.warning("%s What its handlers did was rolled back.", error, extra=extra)
             # Where it is lost indeed, the fence keeps this from being written. Where a handler removed its own
             # delivery, the rollback has brought it back.
-            return decide(error, handler=None, attempt=lease.attempt, policy=self._policy, rng=self._rng)
+            return decide(error, handler=None, attempt=lease.attempt, policy=policy, rng=self._rng)
         if handler is None and isinstance(error, TransactionEndedError):
             logger.critical(
                 "Event %d is dead for group %r and will not run again by itself: %s",
@@ -298,11 +383,11 @@ class Dispatcher:
             return DeadLetter(describe(error, None))
         if handler is None and faults.sqlstate(error) == faults.IN_FAILED_TRANSACTION:
             text = "A handler caught a database error and went on; PostgreSQL had aborted the transaction by then."
-            return self._failed(lease, error, None, (), Failure(None, "TransactionAborted", text))
+            return self._failed(lease, error, None, policy, (), Failure(None, "TransactionAborted", text))
         # A connection that was lost during COMMIT leaves it open whether the commit happened. The outcome that is
         # written next carries the fence: it is tried again during a commit still in progress, and finds no row after
         # one.
-        return self._failed(lease, error, handler, ())
+        return self._failed(lease, error, handler, policy, ())
 
     def _bury(self, lease: Lease, kind: str, message: str) -> DeadLetter:
         """Return the end of a delivery whose handlers are not even asked."""
@@ -315,6 +400,7 @@ class Dispatcher:
         lease: Lease,
         error: BaseException,
         handler: Handler | None,
+        policy: RetryPolicy,
         handled: tuple[str, ...],
         failure: Failure | None = None,
     ) -> Reschedule | DeadLetter:
@@ -322,7 +408,7 @@ class Dispatcher:
             error,
             handler=None if handler is None else handler.name,
             attempt=lease.attempt,
-            policy=self._policy_of(handler),
+            policy=policy,
             handled=handled,
             rng=self._rng,
         )
@@ -347,15 +433,24 @@ class Dispatcher:
             made = event_from_row(columns)
             return made if session is None else session.attach(made)
 
-        async def publish(
+        def publish(
             event_type: str, payload: Any, channel: str | None, run_at: datetime | None, **options: Any
-        ) -> Event:
+        ) -> Coroutine[Any, Any, Event]:
             channel = lease.row["channel"] if channel is None else channel
+            if threaded:  # now: what it returned would be awaited by nobody
+                raise StateError(
+                    "ctx.publish() is for 'async def' handlers: this one is a plain function, which cannot await it. "
+                    "Make it 'async def', or add an Event to a session of your own and commit that."
+                )
             if session is not None:
-                return await publish_event(session, event_type, payload, channel, run_at, **options)
-            if threaded:
-                raise StateError("ctx.publish() is for coroutines. Make the handler 'async def', or open a session.")
-            headers = {**_caused_by(lease, decoded), **(options.pop("headers", None) or {})}
+                return publish_event(session, event_type, payload, channel, run_at, **options)
+            return publish_alone(event_type, payload, channel, run_at, **options)
+
+        async def publish_alone(
+            event_type: str, payload: Any, channel: str, run_at: datetime | None, headers: Any = None, **options: Any
+        ) -> Event:
+            inherited = caused_by(lease.fence.event_id, decoded.headers)
+            headers = inherited if headers is None else inherit(inherited, check_headers(headers))
             await self._transactions.make_room()
             async with self._own() as own:
                 event: Event = await publish_event(
@@ -375,16 +470,36 @@ class Dispatcher:
         )
 
 
-def _caused_by(lease: Lease, decoded: _Decoded) -> dict[str, Any]:
-    """Return the headers of whatever the handlers publish: which event caused it, and which one started it all.
+async def _call_in_time(
+    handler: Handler, context: EventContext, argument: object, flush: Callable[[], Awaitable[None]] | None
+) -> None:
+    """Call a coroutine function, and send what it has left in the session, within its time.
 
-    The trace goes on as well, by the names of W3C Trace Context.
+    Raises:
+        TimeoutError: If the time was up, whatever the handler made of its cancellation: what it raised then, such as
+            the error of a query that broke off, only follows from that. A signal is what it wants all the same.
     """
-    event_id = str(lease.fence.event_id)
-    trace: dict[str, Any] = {
-        name: decoded.headers[name] for name in ("traceparent", "tracestate") if name in decoded.headers
-    }
-    return {"correlation_id": decoded.headers.get("correlation_id", event_id), "causation_id": event_id, **trace}
+    late = _too_late(handler)
+    limit = asyncio.timeout(_seconds(handler))
+    try:
+        async with limit:
+            await cast("Awaitable[object]", handler.function(context, argument))
+            if flush is not None:
+                await flush()
+    except Exception as error:
+        if limit.expired() and not isinstance(error, Signal):
+            raise late  # noqa: B904 - the cause of an error decides whether its transaction is simply run again
+        raise
+    if limit.expired():
+        raise late
+
+
+def _seconds(handler: Handler) -> float | None:
+    return None if handler.timeout is None else handler.timeout.total_seconds()
+
+
+def _too_late(handler: Handler) -> TimeoutError:
+    return TimeoutError(f"The handler did not return within its timeout of {_seconds(handler)} s.")
 
 
 def _log_failure(lease: Lease, decision: Reschedule | DeadLetter) -> None:

@@ -134,9 +134,14 @@ class Transactions:
         marker = f"{fence.event_id}:{fence.claim_seq}:{fence.worker_id}:{self._rng.getrandbits(32)}"
         return self._sql.begin(self._isolation_level, marker), marker
 
+    @property
+    def begun(self) -> bool:
+        """Whether any transaction was begun and not opened."""
+        return bool(self._begun)
+
     async def forgo(self, lease: Lease) -> None:
         """End the transaction that was begun for *lease*, if it was not opened."""
-        if self._begun and (begun := self._begun.pop(lease, None)) is not None:
+        if (begun := self._begun.pop(lease, None)) is not None:
             begun.begun_for = None
             await self._put_back(begun)
 
