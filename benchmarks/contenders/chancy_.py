@@ -123,7 +123,7 @@ async def listen(options: Options) -> Options:
     tally = Tally(options["events"])
     async with working(options, tally.time) as worker:
         # It listens already; it takes up its queues after that.
-        while QUEUE not in worker.executors:  # noqa: ASYNC110 - it has no event for it
+        while QUEUE not in worker.executors:
             await asyncio.sleep(0.01)
         ready()
         await tally.all_seen.wait()

@@ -101,7 +101,7 @@ async def listen(options: Options) -> Options:
     """Say when each event's handler began."""
     tally = Tally(options["events"])
     async with connected(options) as sql, working(options, tally.time):
-        while not await sql.fetchval(LISTENING):  # noqa: ASYNC110 - it has no event for it
+        while not await sql.fetchval(LISTENING):
             await asyncio.sleep(0.01)
         ready()
         await tally.all_seen.wait()

@@ -132,7 +132,7 @@ async def listen(options: Options) -> Options:
     tally = Tally(options["events"])
     app, _ = make(options, tally.time)
     async with await AsyncConnection.connect(options["dsn"], autocommit=True) as sql, working(app, options):
-        while not await (await sql.execute(LISTENING)).fetchone():  # noqa: ASYNC110 - it has no event for it
+        while not await (await sql.execute(LISTENING)).fetchone():
             await asyncio.sleep(0.01)
         ready()
         await tally.all_seen.wait()

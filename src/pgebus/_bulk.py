@@ -15,11 +15,12 @@ from sqlalchemy import ClauseElement, Column, Connection, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.types import TypeEngine
 
+from pgebus._causes import inherit
 from pgebus.errors import InvalidEventTypeError, PgebusError, PublishError
 from pgebus.inheritance import family, loaded_columns
 from pgebus.models import Event
 from pgebus.names import check_channel, check_event_type, check_key, check_priority
-from pgebus.payloads import check_headers, check_payload_text, check_run_at, inherit_headers
+from pgebus.payloads import check_headers, check_payload_text, check_run_at
 
 Row = dict[str, Any]
 
@@ -122,7 +123,7 @@ def copy_rows(connection: Connection, rows: Sequence[Row], inherited: Mapping[st
     if len(rows) < COPY_FROM or connection.dialect.driver != "asyncpg":
         return None
     if inherited:
-        rows = [{**row, "headers": inherit_headers(inherited, row.get("headers"))} for row in rows]
+        rows = [{**row, "headers": check_headers(inherit(inherited, row.get("headers") or {}))} for row in rows]
     columns = _columns(rows)
     if columns is None:
         return None

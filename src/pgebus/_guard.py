@@ -20,10 +20,11 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction, object_session
 
+from pgebus._causes import inherit
 from pgebus._control_text import find_control, sets_marker
 from pgebus.errors import SessionControlError
 from pgebus.models import Event
-from pgebus.payloads import inherit_headers
+from pgebus.payloads import check_headers
 
 _INFO_KEY: Final = "pgebus"
 
@@ -181,7 +182,7 @@ def _say_what_caused_it(_mapper: object, _connection: object, target: Event) -> 
     """Stamp the events that a handler has added, however it did it, and those that its session's hooks add."""
     session = object_session(target)
     if isinstance(session, DispatchSession) and session.guard.headers:
-        target.headers = inherit_headers(session.guard.headers, target.headers)
+        target.headers = check_headers(inherit(session.guard.headers, target.headers or {}))
 
 
 class DispatchAsyncSession(AsyncSession):

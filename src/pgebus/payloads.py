@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import is_dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -112,18 +111,6 @@ def check_headers(value: object) -> dict[str, Any]:
         PayloadTooLargeError: If it is larger than 64 KiB.
     """
     return _checked(value, "Headers", MAX_HEADERS_BYTES)[0]
-
-
-def inherit_headers(inherited: Mapping[str, Any], own: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the headers of an event that another one has caused: its own, and those that it inherits.
-
-    Raises:
-        InvalidPayloadError, PayloadTooLargeError: As `check_headers()`.
-    """
-    own = own or {}
-    if "traceparent" in own:  # the state belongs to a trace, and this is another one
-        inherited = {name: value for name, value in inherited.items() if name != "tracestate"}
-    return check_headers({**inherited, **own})
 
 
 def check_run_at(value: object) -> datetime:

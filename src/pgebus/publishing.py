@@ -17,13 +17,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 from sqlalchemy.orm import Session, scoped_session
 
 from pgebus._bulk import COPY_FROM, Row, as_events, checked_rows, copy_rows
+from pgebus._causes import inherit
 from pgebus._guard import DispatchSession
 from pgebus._inserting import insert_events, prepared
 from pgebus.errors import InvalidEventTypeError, PublishError, SessionStateError, SessionTypeError
 from pgebus.inheritance import family
 from pgebus.models import Event, check_class
 from pgebus.names import check_event_type
-from pgebus.payloads import inherit_headers
+from pgebus.payloads import check_headers
 from pgebus.session import GuardedSession
 
 __all__ = ["publish_event", "publish_event_sync", "publish_events", "publish_events_sync"]
@@ -253,7 +254,7 @@ def _insert(target: Session | Connection, events: Sequence[Event]) -> list[Event
     inherited = target.guard.headers if isinstance(target, DispatchSession) else {}
     if inherited:
         # Computed for all before any is changed: headers that become too large refuse the whole batch.
-        merged = [inherit_headers(inherited, event.headers) for event in events]
+        merged = [check_headers(inherit(inherited, event.headers or {})) for event in events]
         for event, headers in zip(events, merged, strict=True):
             event.headers = headers
     return insert_events(target, events)

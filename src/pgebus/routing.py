@@ -124,11 +124,14 @@ class EventRouter:
         for several paths. Handlers of one event run in the order in which this process registered them; one that
         is registered for several paths that match, in one group, runs once.
 
-        The payload is a dict, unless the second parameter is annotated with a pydantic model, a dataclass, a TypedDict
-        or another type that pydantic knows: then it is validated, and one that does not fit is an
-        `PayloadValidationError` of this handler, so dead at once unless *retry* says otherwise.
+        The payload is a dict, unless the second parameter is annotated with a pydantic model, a dataclass, a TypedDict,
+        `dict[str, int]` or another type that pydantic knows: then it is validated, and one that does not fit is a
+        `PayloadValidationError` of this handler, so dead at once unless *retry* says otherwise. `dict`,
+        `dict[str, Any]` and `Mapping` take it as it is. Of a decorated handler the annotation of the function that
+        `functools.wraps` names counts.
 
-        A plain function runs in a thread; its `ctx.session` is always None.
+        A plain function runs in a thread; its `ctx.session` is always None, and it cannot use `ctx.publish()`. It can
+        be neither cancelled nor ended: its delivery waits for it.
 
         Args:
             path: Dotted words; together with all prefixes, the type of the events to handle. `*` stands for one word,
@@ -137,16 +140,24 @@ class EventRouter:
             transactional: True to write with `ctx.session`, in the transaction that completes the delivery.
             name: The stable name; by default `module.qualname` of the function.
             group: The consumer group: a name, or a `Group`; by default that of the routers around.
-            timeout: How long one call may take: then it is cancelled, and has failed with a TimeoutError. A plain
-                function cannot be cancelled, and goes on in its thread.
-            retry: What becomes of the delivery when this handler fails; by default what the settings say.
+            timeout: How long one call may take, with the flush of what it changed in `ctx.session`: then it is
+                cancelled, and has failed with a TimeoutError whatever it makes of that, unless it raises a Retry,
+                Snooze or Reject. A plain function cannot be cancelled: the attempt has failed, and the delivery, with
+                its slot and its key, waits until the function returns.
+            retry: What becomes of the delivery when this handler fails; by default what the settings say. Attempts
+                belong to the delivery: `ctx.attempt` and *max_attempts* count its executions, whichever handler failed
+                them. So the attempts of this handler may be used up by another one, and a transactional handler runs
+                again, also with `max_attempts=1`, when another one of the delivery fails. For a budget of its own, give
+                it a group of its own. Where no handler can be blamed (the COMMIT fails, a database error was swallowed,
+                the process died), the policy with the fewest attempts decides; after a death, that of the handlers not
+                yet done.
 
         Raises:
             InvalidEventTypeError: If *path* is neither dotted words nor a pattern, or too long with its prefixes; or a
                 class that declares no event type.
             InvalidHandlerError: If the function cannot be called with two positional arguments, is a generator, has no
                 name of its own and is given none, is plain and transactional, or annotates its payload with a type that
-                none can be made from.
+                none can be made from, that is not fully defined yet, or that no JSON object can fit.
             DuplicateHandlerError: If the group has this handler for the path, or another of its name for a path that
                 matches some of the same types.
             ConfigurationError: If another argument is of the wrong type, or *group* contradicts what was said of it.

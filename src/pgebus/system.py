@@ -127,7 +127,9 @@ class EventSystem:
 
         Handlers that still run after *timeout* are cancelled; their deliveries, and those that had not started, are
         given back without counting the attempt. Harmless when repeated, or when nothing was started. Called by a
-        handler it only asks: the handler that waits for the end would be waited for.
+        handler it only asks: the handler that waits for the end would be waited for. A plain function does not notice:
+        if it has not returned five seconds after the others were cancelled, its delivery stays claimed and is recovered
+        by others, counted as lost; the process can end.
 
         Args:
             wait_for_completion: False cancels the handlers at once.

@@ -890,3 +890,27 @@ async def test_nothing_is_held_ahead_where_a_handler_has_no_attempts_to_spare(st
         assert len(bench.holdings) == 2
         for held in bench.hands.held.values():
             held.set()
+
+
+async def test_a_suspect_of_a_busy_group_starts_though_another_group_is_busy_as_well(standing_still: Time) -> None:
+    """It takes the next slot of its group once it has waited long enough, before what has killed nobody."""
+    bench = Bench(slots=3, ahead=0, group=Group("default", per_process=1))
+    worker_id = bench.presence.worker_id
+    assert worker_id is not None
+    bench.store.add(5_000)
+    bench.holdings.add(await bench.store.claim(worker_id, ["other"], 1))  # it runs for hours
+    bench.store.add(*range(1, 100))
+    bench.hands.hold(*range(1, 100), 999)
+    async with bench.runs():
+        await until(lambda: bench.hands.busy)
+        bench.store.add(999, lost=1)
+        for _ in range(30):  # 6.5 s each: far longer than LONGEST_WAIT_SECONDS together
+            (runs,) = bench.hands.busy
+            await pass_by(bench, standing_still, 6.5)
+            bench.hands.held[runs].set()
+            await until(partial(lambda event_id: event_id not in bench.hands.busy, runs))
+            while not bench.hands.busy:
+                await pass_by(bench, standing_still, 0.1)
+            if 999 in bench.began:
+                return
+    raise AssertionError("It has not started.")

@@ -15,6 +15,7 @@ from pgebus._runtime.leases import Fence, Lease
 from pgebus._runtime.outcome import Complete, Lost, Outcome
 from pgebus._runtime.supervision import Crew
 from pgebus._runtime.threads import Threads
+from pgebus._runtime.transacting import Transactions
 
 ROW = {"id": 1, "payload": "{}", "headers": "{}", "channel": "events"}
 
@@ -24,10 +25,8 @@ def dispatcher(router: EventRouter, threads: Threads) -> Dispatcher:
     nothing = cast("Any", None)
     return Dispatcher(
         router,
-        nothing,
-        nothing,
+        Transactions(nothing, nothing, isolation_level="READ COMMITTED", rng=Random(1)),
         policy=RetryPolicy(),
-        isolation_level="READ COMMITTED",
         rng=Random(1),
         threads=threads,
         own=nothing,

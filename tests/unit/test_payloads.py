@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field, Json, computed_field
 
 from pgebus.errors import InvalidPayloadError, InvalidRunAtError, PayloadTooLargeError, PublishError
-from pgebus.payloads import MAX_HEADERS_BYTES, check_headers, check_payload, check_run_at, inherit_headers
+from pgebus.payloads import MAX_HEADERS_BYTES, check_headers, check_payload, check_run_at
 
 LIMIT = 1_048_576
 SECRET = "hunter2"
@@ -401,9 +401,3 @@ def test_a_model_that_cannot_be_json_is_refused() -> None:
     for value in (Odd(what=object()), Odder(Hostile()), Odd(what="\x00")):
         with pytest.raises(InvalidPayloadError):
             check_payload(value, limit=1_000)
-
-
-def test_a_trace_of_its_own_takes_no_state_of_another() -> None:
-    inherited = {"causation_id": "1", "traceparent": "00-a-b-01", "tracestate": "x=1"}
-    assert inherit_headers(inherited, None) == inherited
-    assert inherit_headers(inherited, {"traceparent": "00-c-d-01"}) == {"causation_id": "1", "traceparent": "00-c-d-01"}

@@ -324,7 +324,9 @@ class Claimer:
             if not leases and group in self._limited:
                 leases = await self._claim_limited(worker_id, group, 1, suspect=True)
         if not leases:
-            self._quarantine.looked(found=False, now=monotonic())
+            # Where a group has no room now, the suspect may be one of its, and goes on waiting.
+            if len(groups) == len(self._groups) and not self._limited:
+                self._quarantine.looked(found=False, now=monotonic())
             return
         self._holdings.add(leases)
         (lease,) = leases

@@ -171,11 +171,12 @@ WHERE d.status = 'running' AND d.channel = $1::text AND d.consumer_group = $2::t
 SELECT g.consumer_group FROM {s}.consumer_groups g
 WHERE g.channel = $1::text AND g.consumer_group = ANY ($2::text[]) AND g.max_running IS NOT NULL
   AND g.paused_at IS NULL"""
-        # Whether such a delivery is due: $1 channel, $2 groups. It has an index of its own.
+        # Whether such a delivery is due: $1 channel, $2 groups. It has an index of its own. Also where its group is
+        # full: it has waited all the time when a place comes free.
         self.suspects: Final = f"""
 SELECT EXISTS (SELECT FROM {s}.deliveries d JOIN {s}.consumer_groups g USING (channel, consumer_group)
   WHERE d.status = 'pending' AND d.lost > 0 AND d.channel = $1::text AND d.consumer_group = ANY ($2::text[])
-    AND d.due_at <= now() AND g.paused_at IS NULL AND {may_run_more})"""
+    AND d.due_at <= now() AND g.paused_at IS NULL)"""
 
         # Which of the leases still have their fence: $1 to $4 as in `held`. What `held` skipped is theirs, and locked.
         self.still_held: Final = f"""
