@@ -248,6 +248,8 @@ class EventSystemSettings(_Section):
     """Seconds: the largest delay of all; not less than `backoff_first_seconds`."""
     poll_interval_seconds: Seconds = Field(default=5.0, ge=0.01, le=3600)
     """Seconds after which a worker that was not woken looks by itself."""
+    notify: Literal["auto", "always", "off"] = "auto"
+    """When a publisher wakes this worker: `auto`, while it sleeps; `always`; or `off`, never, so that it only polls."""
     shutdown_timeout_seconds: Seconds = Field(default=30.0, ge=0, le=_DAY)
     """Seconds that the end of `async with` waits for what runs before it cancels; `stop()` has its own argument."""
     retention_seconds: Annotated[Seconds | None, BeforeValidator(_none_as_text)] = Field(

@@ -240,6 +240,7 @@ class EventSystem:
             slots=options.n_workers,
             ahead=MAX_AHEAD if options.max_attempts >= ATTEMPTS_TO_SPARE else 0,
             poll_interval=options.poll_interval_seconds,
+            notify=options.notify,
             health=self._loops["claim"],
         )
         listener = Listener(

@@ -21,7 +21,7 @@ from pgebus import (
 )
 from pgebus._runtime import listening, maintenance
 from tests.conftest import Server
-from tests.system.bus import Sql, delivery, finished, publish, settings
+from tests.system.bus import Sql, backfilled, delivery, finished, publish, settings
 from tests.system.faults import (
     EFFECTS,
     backends,
@@ -387,3 +387,33 @@ async def test_a_connection_that_goes_deaf_while_it_is_made_is_given_up(
         await handled.wait_for(event_id)
         proxy.reset()  # for the server the silent connection is still there
         await healthy(system)
+
+
+async def test_a_publisher_that_saw_no_flag_is_found_after_as_much_time_again(
+    database: DatabaseSettings, sql: Sql, another: Sql
+) -> None:
+    """Its snapshot is older than the flag, so it notifies nobody; the looks of an idle worker are close at first."""
+    handled: asyncio.Queue[float] = asyncio.Queue()
+    router = EventRouter()
+
+    @router.on("late")
+    async def handle(_ctx: EventContext, _payload: dict[str, Any]) -> None:
+        handled.put_nowait(monotonic())
+
+    async with EventSystem(router, settings(database)):
+        await backfilled(sql)  # the snapshot is to know the subscription, and nothing is to be made up for
+    heard: list[object] = []
+    await sql.add_listener("events", lambda *_: heard.append(1))
+    async with another.transaction(isolation="repeatable_read"):
+        await another.fetchval("SELECT count(*) FROM pgebus.workers")  # the snapshot
+        system = EventSystem(router, settings(database))  # which polls every 30 seconds
+        await system.start()
+        await until(lambda: sql.fetchval("SELECT bool_or(idle) FROM pgebus.workers"))
+        idle_since = monotonic()
+        await another.execute("INSERT INTO pgebus.events (type) VALUES ('late')")
+    committed = monotonic()
+    async with asyncio.timeout(10):
+        began = await handled.get()
+    await system.stop()
+    assert not heard
+    assert began - committed <= (committed - idle_since) * 2 + 2.0

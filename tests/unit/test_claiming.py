@@ -186,7 +186,9 @@ async def handle(_ctx: object, _payload: object) -> None:
 class Bench:
     """A claimer with everything around it, for a worker that is present."""
 
-    def __init__(self, slots: int = 2, ahead: int = MAX_AHEAD, group: str | Group = "default") -> None:
+    def __init__(
+        self, slots: int = 2, ahead: int = MAX_AHEAD, group: str | Group = "default", notify: str = "auto"
+    ) -> None:
         self.router = EventRouter(group=group)
         self.router.on("order.placed")(handle)
         self.journal: list[str] = []
@@ -212,6 +214,7 @@ class Bench:
             slots=slots,
             ahead=ahead,
             poll_interval=60.0,
+            notify=notify,
             health=LoopHealth("claim"),
         )
         self.presence.new_id()
@@ -471,6 +474,30 @@ async def test_a_flag_that_was_cleared_while_all_hands_were_full_is_set_again(st
         await bench.done(8)
         await until(lambda: bench.store.idle)
         await until(lambda: bench.store.asked > asked + 1)  # once more after the flag was set
+
+
+@pytest.mark.parametrize("notify", ["always", "off"])
+async def test_a_flag_that_is_not_to_change_does_not(standing_still: Time, notify: str) -> None:
+    """A worker that always wants to be woken leaves it set when it is full, one that never does leaves it alone."""
+    bench = Bench(slots=2, notify=notify)
+    bench.hands.hold(1, 2)
+    async with bench.runs():
+        await until(lambda: bench.store.asked >= 2)
+        await come_to_rest()
+        assert bench.store.idle == (notify == "always")
+        bench.store.add(1, 2)
+        bench.wakeup.look()
+        await until(lambda: len(bench.holdings) == 2)
+        standing_still.now += 1.1
+        bench.wakeup.stir()
+        await come_to_rest()
+        assert bench.store.idle == (notify == "always")
+        for held in bench.hands.held.values():
+            held.set()
+        await bench.done(2)
+        bench.store.add(3)
+        await pass_by(bench, standing_still, 61.0)  # the poll interval: nothing else is needed
+        await bench.done(3)
 
 
 async def test_what_was_put_aside_and_what_comes_in_take_turns_in_one_slot(standing_still: Time) -> None:

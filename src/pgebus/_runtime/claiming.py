@@ -78,6 +78,7 @@ class Claimer:
         slots: How many deliveries run at once.
         ahead: How many more may be held, at most.
         poll_interval: Seconds between looks that nothing asked for.
+        notify: Whether publishers are to wake this worker: "auto" while it sleeps, "always", or "off".
         health: Told when a look worked.
     """
 
@@ -97,6 +98,7 @@ class Claimer:
         slots: int,
         ahead: int = MAX_AHEAD,
         poll_interval: float,
+        notify: str = "auto",
         health: LoopHealth,
     ) -> None:
         self._store = store
@@ -117,6 +119,7 @@ class Claimer:
         self._slots = slots
         self._ahead = ahead
         self._poll_interval = poll_interval
+        self._notify = notify
         self._health = health
         self._rate = Rate()
         self._buffer: deque[Lease] = deque()
@@ -229,7 +232,8 @@ class Claimer:
         if self._idle_of != worker_id:
             # Flag first, look second: a publisher that saw no flag has committed by the time of that look, or is
             # found by one of the following.
-            await self._store.set_idle(worker_id, True)
+            if self._notify != "off":
+                await self._store.set_idle(worker_id, True)
             self._idle_of = worker_id
             self._flag_changed = monotonic()
             self._look_at = monotonic()
@@ -455,10 +459,11 @@ class Claimer:
 
     async def _clear_flag(self, worker_id: int, now: float) -> None:
         """Under backlog nobody needs to wake this worker, and a NOTIFY costs every publisher."""
-        if self._idle_of is not None and now - self._flag_changed >= FLAG_SECONDS:
+        if self._notify != "always" and self._idle_of is not None and now - self._flag_changed >= FLAG_SECONDS:
             self._idle_of = None
             self._flag_changed = now
-            await self._store.set_idle(worker_id, False)
+            if self._notify != "off":
+                await self._store.set_idle(worker_id, False)
 
     async def _release_strays(self, worker_id: int) -> None:
         """Give back what runs in our name and is not held: the answer to its claim, or its outcome, was lost."""
