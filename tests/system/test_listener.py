@@ -21,7 +21,7 @@ from pgebus import (
 )
 from pgebus._runtime import listening, maintenance
 from tests.conftest import Server
-from tests.system.bus import Sql, backfilled, delivery, finished, publish, settings
+from tests.system.bus import Sql, backfilled, delivery, finished, publish, rounds, settings
 from tests.system.faults import (
     EFFECTS,
     backends,
@@ -410,6 +410,8 @@ async def test_a_publisher_that_saw_no_flag_is_found_after_as_much_time_again(
         await system.start()
         await until(lambda: sql.fetchval("SELECT bool_or(idle) FROM pgebus.workers"))
         idle_since = monotonic()
+        await rounds(sql)  # it has looked once more since
+        heard.clear()
         await another.execute("INSERT INTO pgebus.events (type) VALUES ('late')")
     committed = monotonic()
     async with asyncio.timeout(10):
