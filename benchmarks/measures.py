@@ -125,6 +125,24 @@ def publish(arena: Arena, plan: Plan) -> Table:
     return table
 
 
+def inside(arena: Arena, plan: Plan) -> Table:
+    """Microseconds of one publish inside an open transaction of an AsyncSession, and of the same row otherwise."""
+    events = plan.size(2_000)
+    names = {"publish_event()": "publish", "session.add() and flush()": "add", "a Core INSERT": "insert"}
+
+    def once(_: str) -> dict[str, float]:
+        with arena.database(PGEBUS) as dsn:
+            return {
+                key: seconds * 1e6 / events for key, seconds in arena.run(PGEBUS, "inside", dsn, events=events).items()
+            }
+
+    found = _in_turn(plan, ["all"], once)["all"]
+    table = Table(inside.__doc__ or "", ("µs", "of a Core INSERT's"))
+    table.rows = [(name, (found[key], found[key] / found["insert"])) for name, key in names.items()]
+    table.note = "publish_event() and add() return the row's defaults, which this Core INSERT does not ask for."
+    return table
+
+
 def notify(arena: Arena, plan: Plan) -> Table:
     """The same INSERT on ten connections, by when it notifies."""
     events = plan.size(8_000)
@@ -294,5 +312,5 @@ def memory(arena: Arena, plan: Plan) -> Table:
 
 MEASURES: Final[dict[str, Callable[[Arena, Plan], Table]]] = {
     each.__name__: each
-    for each in (drain, transactional, publish, notify, latency, scale, again, payloads, processes, memory)
+    for each in (drain, transactional, publish, inside, notify, latency, scale, again, payloads, processes, memory)
 }

@@ -10,11 +10,13 @@ from time import monotonic, perf_counter
 from typing import Any
 
 from common import SLOTS, Tally, cpu, in_parallel, main, payload, ready, trickle
-from sqlalchemy import text
+from sqlalchemy import insert, text
 
 from pgebus import (
     DatabaseSessionManager,
+    Event,
     EventContext,
+    EventPublisher,
     EventRouter,
     EventSystem,
     Settings,
@@ -78,11 +80,25 @@ async def fill(options: Options) -> Options:
 
 
 async def publish(options: Options) -> Options:
-    """Publish one event in each transaction."""
+    """Publish one event in each transaction: as such, or in a session, as one does that has something else to write."""
+    began = cpu()
+    if not options.get("in_sessions"):
+        connections = options["connections"]
+        async with EventPublisher(settings(options).database, connections=connections) as alone:
+
+            @asynccontextmanager
+            async def publisher() -> AsyncIterator[Any]:
+                yield lambda number: alone.publish(TYPE, payload(number))
+
+            async with asyncio.TaskGroup() as group:  # all of its connections are open
+                for _ in range(connections):
+                    group.create_task(alone.publish("warm.up", {}, "elsewhere"))
+            seconds = await in_parallel(options["events"], connections, publisher)
+            return {"seconds": seconds, "cpu": cpu() - began}
     async with DatabaseSessionManager(settings(options).database) as manager:
 
         @asynccontextmanager
-        async def publisher() -> AsyncIterator[Any]:
+        async def publisher_of_session() -> AsyncIterator[Any]:
             async with manager.session() as session:
                 await session.execute(text("SELECT 1"))
                 await session.commit()
@@ -93,8 +109,7 @@ async def publish(options: Options) -> Options:
 
                 yield one
 
-        began = cpu()
-        seconds = await in_parallel(options["events"], options["connections"], publisher)
+        seconds = await in_parallel(options["events"], options["connections"], publisher_of_session)
         return {"seconds": seconds, "cpu": cpu() - began}
 
 
@@ -164,13 +179,30 @@ async def listen(options: Options) -> Options:
 
 async def slowly(options: Options) -> Options:
     """Publish at an even pace."""
+    async with EventPublisher(settings(options).database, connections=1) as alone:
+        return await trickle(options["events"], options["per_second"], lambda n: alone.publish(TYPE, payload(n)))
+
+
+async def inside(options: Options) -> Options:
+    """In one transaction: publish, insert the same row with SQLAlchemy Core, add it to the session, in turns."""
+    events, warm = options["events"], 200
+    seconds = {"publish": 0.0, "insert": 0.0, "add": 0.0}
     async with DatabaseSessionManager(settings(options).database) as manager, manager.session() as session:
-
-        async def one(number: int) -> None:
+        for number in range(events + warm):
+            if number == warm:
+                seconds = dict.fromkeys(seconds, 0.0)
+            began = perf_counter()
             await publish_event(session, TYPE, payload(number), "events")
-            await session.commit()
-
-        return await trickle(options["events"], options["per_second"], one)
+            published = perf_counter()
+            await session.execute(insert(Event.__table__).values(type=TYPE, payload=payload(number), channel="events"))
+            inserted = perf_counter()
+            session.add(Event(type=TYPE, payload=payload(number)))
+            await session.flush()
+            seconds["publish"] += published - began
+            seconds["insert"] += inserted - published
+            seconds["add"] += perf_counter() - inserted
+        await session.rollback()
+    return seconds
 
 
 async def _nothing(_ctx: EventContext, _payload: dict[str, Any]) -> None: ...
@@ -182,6 +214,7 @@ if __name__ == "__main__":
             "prepare": prepare,
             "fill": fill,
             "publish": publish,
+            "inside": inside,
             "drain": drain,
             "share": share,
             "listen": listen,

@@ -34,6 +34,7 @@ from pgebus.errors import (
 from pgebus.groups import Group
 from pgebus.health import LoopHealth, SystemHealth, SystemState
 from pgebus.models import Event, metadata
+from pgebus.publisher import EventPublisher, Published
 from pgebus.publishing import publish_event, publish_event_sync, publish_events, publish_events_sync
 from pgebus.retry import Reject, Retry, RetryPolicy, Snooze
 from pgebus.routing import EventRouter
@@ -49,6 +50,7 @@ __all__ = [
     "DuplicateHandlerError",
     "Event",
     "EventContext",
+    "EventPublisher",
     "EventRouter",
     "EventSystem",
     "EventSystemSettings",
@@ -68,6 +70,7 @@ __all__ = [
     "PayloadValidationError",
     "PgebusError",
     "PublishError",
+    "Published",
     "Reject",
     "Retry",
     "RetryPolicy",

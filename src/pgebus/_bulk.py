@@ -6,12 +6,13 @@ It commits nothing. Where COPY is not possible it says so, and the events go the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import asyncpg
-from sqlalchemy import ClauseElement, Column, Connection, text
+from sqlalchemy import ClauseElement, Column, Connection, Dialect, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.types import TypeEngine
 
@@ -95,6 +96,31 @@ def _checked(row: Mapping[str, Any], types: dict[str, _Kind]) -> Row:
     return made
 
 
+def checked_row(row: Mapping[str, Any]) -> Row:
+    """Return *row* as it can be sent, the payload as JSON text.
+
+    Raises:
+        InvalidEventTypeError, InvalidChannelError, PublishError: If it is invalid.
+    """
+    return _checked(row, {})
+
+
+def is_complete(row: Row) -> bool:
+    """Return whether an INSERT of *row*, by the names of the columns, makes the event that it stands for.
+
+    Not where SQLAlchemy would fill in a default, or knows how to write a value.
+    """
+    columns = family.table.columns
+    mine = {column.key for _, column in loaded_columns(family.class_of(row["type"]).__mapper__)}
+    return row.keys() <= set(columns.keys()) and not any(
+        (column.default is not None and name not in row)
+        if name not in row
+        else isinstance(row[name], ClauseElement) or type(column.type).bind_expression is not TypeEngine.bind_expression
+        for name, column in columns.items()
+        if name in mine and name not in family.own_columns
+    )
+
+
 def as_events(rows: Sequence[Row]) -> list[Event]:
     """Make the events of checked *rows*, for the ordinary way."""
     events = []
@@ -134,7 +160,7 @@ def copy_rows(connection: Connection, rows: Sequence[Row], inherited: Mapping[st
         return None
     ids: list[int] = sorted(reserved.ids)
     defaults = {"channel": "events", "priority": 0, "headers": {}, "payload": "{}", "run_at": reserved.now}
-    makers = [_maker(column, connection, defaults.get(column.key)) for column in columns]
+    makers = makers_of([column.key for column in columns], connection.dialect, defaults)
     records = [(id_, *(make(row) for make in makers)) for id_, row in zip(ids, rows, strict=True)]
     adapted: Any = connection.connection.dbapi_connection
     adapted.run_async(lambda driver: _copy(driver, schema, ["id", *(str(each.name) for each in columns)], records))
@@ -163,12 +189,18 @@ def _can_copy(column: Column[Any], name: str, rows: Sequence[Row], *, given: boo
     return optional or all(name in row for row in rows)
 
 
-def _maker(column: Column[Any], connection: Connection, default: object) -> Callable[[Row], Any]:
-    """Return what takes the value of a column out of a row, as the driver takes it."""
+def makers_of(
+    names: Sequence[str], dialect: Dialect, defaults: Mapping[str, Any] | None = None
+) -> list[Callable[[Row], Any]]:
+    """Return what takes the values of columns out of a row, as the driver takes them."""
+    return [_maker(family.table.columns[name], dialect, (defaults or {}).get(name)) for name in names]
+
+
+def _maker(column: Column[Any], dialect: Dialect, default: object) -> Callable[[Row], Any]:
     name = column.key
     if name == "payload":
         return lambda row: row.get(name, default)
-    processor = column.type.dialect_impl(connection.dialect).bind_processor(connection.dialect)
+    processor = column.type.dialect_impl(dialect).bind_processor(dialect)
     if processor is None:
         return lambda row: row.get(name, default)
     return lambda row: processor(row.get(name, default))
@@ -183,10 +215,18 @@ async def _copy(
     driver: asyncpg.Connection[asyncpg.Record], schema: str, columns: list[str], records: list[tuple[Any, ...]]
 ) -> None:
     try:
-        await driver.copy_records_to_table("events", schema_name=schema, columns=columns, records=records)
-    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        kind = IntegrityError if isinstance(error, asyncpg.IntegrityConstraintViolationError) else DBAPIError
-        raise kind(f"COPY events ({', '.join(columns)})", None, error, hide_parameters=True) from error
+        with driver_error(f"COPY events ({', '.join(columns)})"):
+            await driver.copy_records_to_table("events", schema_name=schema, columns=columns, records=records)
     except (TimeoutError, asyncio.CancelledError):
         driver.terminate()  # nobody knows what the next statement would meet there
         raise
+
+
+@contextlib.contextmanager
+def driver_error(sql: str) -> Iterator[None]:
+    """Raise the driver's errors as SQLAlchemy's, without parameters: they would hold payloads."""
+    try:
+        yield
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+        kind = IntegrityError if isinstance(error, asyncpg.IntegrityConstraintViolationError) else DBAPIError
+        raise kind(sql, None, error, hide_parameters=True) from error

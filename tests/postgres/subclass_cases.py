@@ -27,6 +27,7 @@ from tests.system.bus import Sql
 from pgebus import (
     DatabaseSessionManager,
     Event,
+    EventPublisher,
     InvalidEventTypeError,
     PublishError,
     publish_event,
@@ -529,3 +530,14 @@ async def test_rows_may_give_the_columns_of_their_class(sm: DatabaseSessionManag
         assert [(each.id, each.tenant_id) for each in found] == [(id_, n) for n, id_ in enumerate(ids)]
         with pytest.raises(PublishError, match="OrderPlaced takes no 'reference'"):
             await publish_events(session, [{"type": "order.placed", "reference": "r"}])
+
+
+async def test_a_publisher_gives_columns_of_their_class_and_their_defaults(
+    sm: DatabaseSessionManager, database: DatabaseSettings, sql: Sql
+) -> None:
+    await sql.execute("INSERT INTO orders (id, total) VALUES (7, 100)")
+    async with EventPublisher(database) as publisher:
+        published = await publisher.publish("order.placed", {}, order_id=7, tenant_id=3)
+    async with sm.session() as session:
+        event = await session.get_one(OrderPlaced, published.id)
+        assert (event.order_id, event.tenant_id) == (7, 3)

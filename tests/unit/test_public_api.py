@@ -20,6 +20,7 @@ NAMES = [
     "DuplicateHandlerError",
     "Event",
     "EventContext",
+    "EventPublisher",
     "EventRouter",
     "EventSystem",
     "EventSystemSettings",
@@ -39,6 +40,7 @@ NAMES = [
     "PayloadValidationError",
     "PgebusError",
     "PublishError",
+    "Published",
     "Reject",
     "Retry",
     "RetryPolicy",
@@ -89,6 +91,12 @@ SIGNATURES = {
     "DatabaseSessionManager": "(settings)",
     "DatabaseSessionManager.session": "(self)",
     "DatabaseSessionManager.close": "(self)",
+    "EventPublisher": "(settings, *, connections=5)",
+    "EventPublisher.publish": (
+        "(self, event_type, payload, channel='events', run_at=None, *, headers=None, key=None, dedup_key=None, "
+        "priority=None, **columns)"
+    ),
+    "EventPublisher.close": "(self)",
     "Retry": "(delay=None)",
     "Snooze": "(delay)",
     "Reject": "(reason)",
@@ -106,6 +114,10 @@ AWAITED = [
     "DatabaseSessionManager.close",
     "DatabaseSessionManager.__aenter__",
     "DatabaseSessionManager.__aexit__",
+    "EventPublisher.publish",
+    "EventPublisher.close",
+    "EventPublisher.__aenter__",
+    "EventPublisher.__aexit__",
 ]
 
 DOCUMENTED = [name for name in NAMES if name not in ("__version__", "metadata")]
