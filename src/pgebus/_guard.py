@@ -12,6 +12,7 @@ completion, which detects what was sent on the driver connection itself.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final, NoReturn, cast
@@ -27,6 +28,8 @@ from pgebus.models import Event
 from pgebus.payloads import check_headers
 
 _INFO_KEY: Final = "pgebus"
+# As SQLAlchemy writes it.
+_SAVEPOINT: Final = re.compile(r"(?:RELEASE |ROLLBACK TO )?SAVEPOINT sa_savepoint_\d+")
 
 
 class Guard:
@@ -42,6 +45,8 @@ class Guard:
         self.headers: Mapping[str, Any] = {}
         self.unsafe = False
         self.flushing = 0
+        # While an event is published inside a savepoint of ours, which only takes back what was added for it.
+        self.publishing = False
 
     def check(self) -> None:
         """Refuse a caller that is not the handler's task, or that comes too late."""
@@ -279,7 +284,7 @@ def _on_statement(connection: Connection, _cursor: object, statement: str, param
     if guard is None:
         return
     guard.check()
-    if guard.unsafe:
+    if guard.unsafe or (guard.publishing and _SAVEPOINT.fullmatch(statement)):
         return
     if words := find_control(statement):
         _refuse(words)

@@ -192,7 +192,10 @@ class RetryTransactionError(PgebusError, RuntimeError):
 
     Attributes:
         dedup_key: The key.
+        sqlstate: `40001`, as for PostgreSQL's own serialization failures: what does those again does this again.
     """
+
+    sqlstate = "40001"
 
     def __init__(self, message: str, *, dedup_key: str) -> None:
         super().__init__(message)
