@@ -118,7 +118,8 @@ class Event(Base):
         priority: 0, handled first, to 9.
         run_at: Not handled before this moment; the publisher's `now()` unless said otherwise.
         created_at: When the publishing transaction began, by the database's clock.
-        duplicate: True when `publish_event()` last returned this event because its `dedup_key` was there already.
+        duplicate: True when `publish_event()` last returned this event because its `dedup_key` was there already, from
+            an earlier transaction.
         max_payload_bytes: The largest payload, in bytes of JSON. A subclass may set its own.
 
     Raises:

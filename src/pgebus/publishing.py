@@ -73,8 +73,9 @@ async def publish_event(
         key: Events of one key are handled in the order of their ids, one at a time, within each consumer group; text of
             1 to 255 bytes.
         dedup_key: As long as an event with this key is kept on the channel, no other one is published: the one that is
-            there is returned, with `duplicate` true. Text of 1 to 255 bytes. Waits for a transaction that has just
-            published one and has not ended.
+            there is returned, with `duplicate` true unless this transaction has published it. Text of 1 to 255 bytes.
+            Waits for a transaction that has just published one and has not ended. In a session the event is flushed
+            inside a savepoint, after everything else that is pending.
         priority: 0, handled first and the default, to 9.
         event_class: The class of the event; by default the one that its type is loaded as: the subclass of Event
             that declares the type, else the most special class without a type.
@@ -88,7 +89,8 @@ async def publish_event(
     Raises:
         TypeError: If the class has no attribute of a name in *columns*, or it is one of Event's own.
         InvalidEventTypeError, InvalidChannelError, PublishError: If an argument is invalid; nothing was sent,
-            and the session can go on.
+            and the session can go on. Also if an event with *dedup_key* is there that *session* never sees: row-level
+            security or `with_loader_criteria()` hides it.
         RetryTransactionError: If an event with *dedup_key* is there that a transaction of this isolation level cannot
             see; roll back, and do all of it again.
         SessionTypeError: If *session* is none.
@@ -156,13 +158,18 @@ async def publish_events(
 
     Returns:
         The events as a list, with their ids; for rows, the ids. An empty one for no events, without any SQL. In the
-        place of one whose `dedup_key` was there, the one that is there, with `duplicate` true.
+        place of one whose `dedup_key` was there, the one that is there, with `duplicate` true; so two of the same key
+        are one event, published once, and not a duplicate.
 
     Raises:
         PublishError: If an item is no Event, has been published already, belongs to another session, or
             appears twice; the message names its index. Nothing was sent, and the session can go on. Also if an event
-            for a connection has a related object, which only a session can insert.
+            for a connection, or with a `dedup_key`, has a related object, or an object of the session refers to one
+            with a `dedup_key`. And, when some may have been sent, if an event with a `dedup_key` is there that
+            *session* never sees; as for `publish_event()`.
         InvalidEventTypeError: If an event has no type, or one that another class stands for.
+        RetryTransactionError: If an event with a `dedup_key` is there that a transaction of this isolation level cannot
+            see; roll back, and do all of it again.
         SessionTypeError: If *session* is none.
         SessionStateError: If *session* cannot publish; as for `publish_event()`.
         sqlalchemy.exc.SQLAlchemyError: If the INSERT fails; then, as always, the session needs a rollback.
