@@ -57,6 +57,10 @@ def checked_rows(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
     types: dict[str, _Kind] = {}
     checked: list[Row] = []
     for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise PublishError(
+                f"events[{index}] is no row but {type(row).__name__[:80]}. Either all events are rows, or all are Event."
+            )
         try:
             checked.append(_checked(row, types))
         except PgebusError as error:
@@ -75,8 +79,6 @@ class _Kind:
 
 
 def _checked(row: Mapping[str, Any], types: dict[str, _Kind]) -> Row:
-    if not isinstance(row, Mapping):
-        raise PublishError(f"It is no mapping but {type(row).__name__[:80]}: either all events are, or none.")
     event_type = row.get("type")
     kind = types.get(event_type) if isinstance(event_type, str) else None
     if kind is None:

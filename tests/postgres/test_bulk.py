@@ -118,7 +118,8 @@ async def test_a_bad_row_is_named_and_nothing_is_sent(
     async with sm.session() as session:
         with pytest.raises(error) as caught:
             await publish_events(session, [*rows(MANY), bad])
-        assert caught.value.__notes__ == [f"That is events[{MANY}]."]
+        where = f"events[{MANY}]"
+        assert where in str(caught.value) or caught.value.__notes__ == [f"That is {where}."]
         assert await session.scalar(select(func.count()).select_from(Event)) == 0, "the session can go on"
 
 
