@@ -351,7 +351,7 @@ async def test_the_handlers_of_the_readme_do_what_it_says(
 
     @router.on("stock.reserved")
     async def watch(ctx: EventContext, _payload: dict[str, Any]) -> None:
-        if next(handled) == 102:
+        if next(handled) == 1_102:
             done.set()
 
     async with EventSystem(router, Settings(database=database)):
@@ -369,21 +369,21 @@ async def test_the_handlers_of_the_readme_do_what_it_says(
             return done.is_set() and not await sql.fetchval(states.format("due_at < now() + interval '1 minute'"))
 
         await until(settled)
-    assert await sql.fetchval("SELECT reserved FROM stock") == 102
+    assert await sql.fetchval("SELECT reserved FROM stock") == 1_102
     rows = await sql.fetch(
         "SELECT type, status, attempt, count(*) AS n FROM pgebus.deliveries GROUP BY 1, 2, 3 ORDER BY 1, 2"
     )
     assert [tuple(row) for row in rows] == [
-        ("order.placed", "completed", 1, 102),
+        ("order.placed", "completed", 1, 1_102),
         ("payment.requested", "dead", 1, 1),
         ("payment.requested", "pending", 0, 1),
         ("shop.mail.order.placed", "completed", 1, 1),
-        ("stock.reserved", "completed", 1, 102),
+        ("stock.reserved", "completed", 1, 1_102),
     ]
     causes = (
         "SELECT count(*) FROM pgebus.events WHERE headers ->> 'causation_id' IN (SELECT id::text FROM pgebus.events)"
     )
-    assert await sql.fetchval(causes) == 102
+    assert await sql.fetchval(causes) == 1_102
 
 
 @pytest.mark.parametrize("block", [b for b in blocks(*TRANSLATED) if b.language == "sql"], ids=lambda block: block.id)

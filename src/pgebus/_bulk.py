@@ -59,7 +59,7 @@ def checked_rows(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise PublishError(
-                f"events[{index}] is no row but {type(row).__name__[:80]}. Either all events are rows, or all are Event."
+                f"events[{index}] is no row but {type(row).__name__[:80]}. Give rows only, or events only."
             )
         try:
             checked.append(_checked(row, types))
