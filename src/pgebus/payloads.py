@@ -30,6 +30,7 @@ _WORD_BOUND: Final = 2**64
 _EXPONENT_BOUND: Final = 1e16
 # How many entries a payload may have, in all its containers, to be looked at quickly; and what they may be.
 _PLAIN_ITEMS: Final = 100
+_TEXT: Final = frozenset({str})
 _PLAIN_TYPES: Final = frozenset({str, int, float, bool, type(None)})
 _INFINITIES: Final = (datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC))
 _LONGEST_KEY_SHOWN: Final = 40
@@ -93,6 +94,8 @@ def _adapter(cls: type) -> TypeAdapter[Any]:
 
 def _dumped(value: object) -> object:
     """Return what pydantic makes of a model or a dataclass, so that it can make it again; anything else as it is."""
+    if type(value) is dict:
+        return value
     try:
         if isinstance(value, BaseModel):
             return value.model_dump(mode="json", by_alias=True, round_trip=True)
@@ -203,14 +206,20 @@ def _plain(value: dict[Any, Any]) -> str | None:
     left = _PLAIN_ITEMS
     for container in containers:  # which grows meanwhile
         left -= len(container)
-        if left < 0 or (type(container) is dict and any(type(key) is not str for key in container)):
+        if left < 0:
             return None
-        for item in container.values() if type(container) is dict else container:
-            kind = type(item)
-            if kind is dict or kind is list:
-                containers.append(item)
-            elif kind not in _PLAIN_TYPES:
+        items = container
+        if type(container) is dict:
+            if not _TEXT.issuperset(map(type, container)):
                 return None
+            items = container.values()
+        if not _PLAIN_TYPES.issuperset(map(type, items)):
+            for item in items:
+                kind = type(item)
+                if kind is dict or kind is list:
+                    containers.append(item)
+                elif kind not in _PLAIN_TYPES:
+                    return None
     try:
         text = _encode(value)
         if not text.isascii():
