@@ -61,6 +61,7 @@ CASES: Final = {
     "adopt": Case(STATEMENTS.adopt, "1, 'events', 'default', 'a.b', 100", 4_000),
     "sweep": Case(STATEMENTS.sweep, "'', '', '', 5000", 300),
     "let_go": Case(STATEMENTS.let_go, "", 100),
+    "backfill": Case(STATEMENTS.backfill, "'events', 'billing', 'a.#', 0, 1000000, 100", 8_000),
     "leases_of": Case(STATEMENTS.leases_of, "2", 100),
 }
 

@@ -89,7 +89,7 @@ def test_nothing_else_writes_on_a_running_delivery(name: str) -> None:
         "adopt": "d.status = 'unhandled'",
         "sweep": "d.consumer_group = h.consumer_group AND d.status = 'blocked'",
         "recover": "pg_try_advisory_xact_lock(w)",
-        "backfill": "d.status = 'cancelled' AND d.finished_at <=",
+        "backfill": "WHERE d.ctid = p.place AND d.status = 'cancelled'",
         "let_go": "d.status = 'unhandled' AND d.holds_key",
         "configure_groups": "d.status = 'dead' AND d.holds_key",
     }

@@ -486,16 +486,19 @@ WITH mine AS MATERIALIZED (
   SELECT k.pattern, k.prefix, k.regex, coalesce(k.start_at, '-infinity') AS start_at FROM {s}.subscriptions k
   WHERE k.channel = $1::text AND k.consumer_group = $2::text AND k.pattern = $3::text
 ), looked AS MATERIALIZED (
-  SELECT e.id FROM {s}.events e WHERE e.id > $4::bigint AND e.id <= $5::bigint ORDER BY e.id LIMIT $6::integer
+  SELECT e.id, e.channel, e.type, e.created_at FROM {s}.events e
+  WHERE e.id > $4::bigint AND e.id <= $5::bigint ORDER BY e.id LIMIT $6::integer
 ), wanted AS MATERIALIZED (
-  SELECT e.id FROM looked JOIN {s}.events e USING (id)
-  WHERE e.channel = $1 AND (SELECT true FROM mine k WHERE e.created_at >= k.start_at AND (k.pattern = e.type
-    OR (starts_with(e.type || '.', k.prefix) AND (k.regex IS NULL OR e.type || '.' ~ k.regex))))
+  SELECT l.id FROM looked l
+  WHERE l.channel = $1 AND (SELECT true FROM mine k WHERE l.created_at >= k.start_at AND (k.pattern = l.type
+    OR (starts_with(l.type || '.', k.prefix) AND (k.regex IS NULL OR l.type || '.' ~ k.regex))))
 ), found AS MATERIALIZED (
-  SELECT e.id, e.id AS event_id, e.run_at, e.priority, e.channel, $2::text AS consumer_group, e.type, e.key
-  FROM wanted JOIN {s}.events e USING (id) ORDER BY e.id FOR KEY SHARE OF e SKIP LOCKED
+  -- one by one, as in a claim. Nothing here joins two of these lists, which the planner takes for short
+  SELECT f.* FROM wanted w CROSS JOIN LATERAL (
+    SELECT e.id, e.id AS event_id, e.run_at, e.priority, e.channel, $2::text AS consumer_group, e.type, e.key
+    FROM {s}.events e WHERE e.id = w.id ORDER BY e.id LIMIT 1 FOR KEY SHARE SKIP LOCKED) f
 ), missed AS MATERIALIZED (
-  SELECT min(w.id) AS id FROM wanted w LEFT JOIN found f USING (id) WHERE f.id IS NULL
+  SELECT min(m.id) AS id FROM (SELECT w.id FROM wanted w EXCEPT SELECT f.id FROM found f) m
 ), placed AS MATERIALIZED (
   SELECT f.*, CASE WHEN f.key IS NULL OR (row_number() OVER (PARTITION BY f.key ORDER BY f.id) = 1 AND {first("f")})
                    THEN 'pending' ELSE 'blocked' END AS status
@@ -508,16 +511,23 @@ WITH mine AS MATERIALIZED (
   -- what the removal of the group had cancelled before it was declared again, not what was cancelled since
   UPDATE {s}.deliveries d SET status = p.status, due_at = p.run_at, finished_at = NULL, attempt = 0, lost = 0,
     round = least(d.round + 1, 32767)
-  FROM placed p
-  WHERE d.event_id = p.id AND d.consumer_group = $2 AND d.status = 'cancelled' AND d.finished_at <= (
-    SELECT g.created_at FROM {s}.consumer_groups g WHERE g.channel = $1 AND g.consumer_group = $2)
+  FROM (SELECT p.status, p.run_at, c.place FROM placed p CROSS JOIN LATERAL (
+    SELECT c.ctid AS place, c.status, c.finished_at FROM {s}.deliveries c
+    WHERE c.event_id = p.id AND c.consumer_group = $2 ORDER BY c.event_id LIMIT 1) c
+    WHERE c.status = 'cancelled' AND c.finished_at <= (
+      SELECT g.created_at FROM {s}.consumer_groups g WHERE g.channel = $1 AND g.consumer_group = $2)) p
+  WHERE d.ctid = p.place AND d.status = 'cancelled'
   RETURNING d.event_id
 ), unwanted AS (
-  DELETE FROM {s}.deliveries d USING made
-  WHERE d.event_id = made.event_id AND $2 <> 'default' AND d.consumer_group = 'default' AND d.status = 'unhandled'
-    AND NOT EXISTS (SELECT FROM {s}.subscriptions o WHERE o.channel = d.channel AND o.consumer_group = 'default'
-      AND (o.pattern = d.type
-           OR (starts_with(d.type || '.', o.prefix) AND (o.regex IS NULL OR d.type || '.' ~ o.regex))))
+  DELETE FROM {s}.deliveries d USING (
+    SELECT u.place FROM made CROSS JOIN LATERAL (
+      SELECT u.ctid AS place FROM {s}.deliveries u
+      WHERE u.event_id = made.event_id AND $2 <> 'default' AND u.consumer_group = 'default' AND u.status = 'unhandled'
+        AND NOT EXISTS (SELECT FROM {s}.subscriptions o WHERE o.channel = u.channel AND o.consumer_group = 'default'
+          AND (o.pattern = u.type
+               OR (starts_with(u.type || '.', o.prefix) AND (o.regex IS NULL OR u.type || '.' ~ o.regex))))
+      ORDER BY u.event_id LIMIT 1) u) x
+  WHERE d.ctid = x.place AND d.status = 'unhandled'
 ), told AS MATERIALIZED (
   SELECT pg_notify($1, '') WHERE EXISTS (SELECT FROM made) OR EXISTS (SELECT FROM revived)
 )
