@@ -10,8 +10,9 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import event, select, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from pgebus import (
     DatabaseSessionManager,
@@ -169,6 +170,35 @@ async def test_events_published_by_a_handler_commit_with_it_and_name_their_cause
         {"correlation_id": root, "causation_id": root},
         {"correlation_id": root, "causation_id": str(events[0]["id"])},
     ]
+
+
+async def test_events_that_a_hook_of_the_session_adds_name_their_cause_as_well(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql
+) -> None:
+    router = EventRouter()
+
+    @router.on("order.paid", transactional=True)
+    async def handle(ctx: EventContext, _payload: dict[str, Any]) -> None:
+        assert ctx.session is not None
+        ctx.session.add(Event(type="mail.wanted", payload={}))
+
+    def audit(session: Session, *_: object) -> None:
+        if any(isinstance(each, Event) and each.type == "mail.wanted" for each in session.new):
+            session.add(Event(type="audited", payload={}))
+
+    event.listen(Session, "before_flush", audit)
+    try:
+        async with running(router, database):
+            event_id = await publish(sm, "order.paid")
+            await finished(sql, event_id)
+    finally:
+        event.remove(Session, "before_flush", audit)
+    causes = await sql.fetch(
+        "SELECT type, headers ->> 'causation_id' AS cause FROM pgebus.events WHERE id > $1", event_id
+    )
+    assert {(row["type"], row["cause"]) for row in causes} == {
+        ("mail.wanted", str(event_id)), ("audited", str(event_id)),
+    }  # fmt: skip
 
 
 async def test_a_serialization_failure_runs_again_at_once_and_is_not_counted(
