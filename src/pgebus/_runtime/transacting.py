@@ -89,10 +89,11 @@ class Transactions:
             begun = self._begun.pop(lease, None)
             if begun is not None:
                 begun.begun_for = None
-                stack.push_async_callback(self._put_back, begun)
                 if not begun.raw.is_closed():
+                    stack.push_async_callback(self._put_back, begun)
                     yield begun
                     return
+                await self._put_back(begun)  # before another is taken: the pool has one for each slot
             begin, marker = self._begin(lease)
             try:
                 async with asyncio.timeout(BEGIN_SECONDS):
