@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.types import TypeEngine
 
 from pgebus._causes import inherit
+from pgebus._writing import table_of
 from pgebus.errors import InvalidEventTypeError, PgebusError, PublishError
 from pgebus.inheritance import family, loaded_columns
 from pgebus.models import Event
@@ -155,8 +156,7 @@ def copy_rows(connection: Connection, rows: Sequence[Row], inherited: Mapping[st
     columns = _columns(rows)
     if columns is None:
         return None
-    schema = _schema_of(connection)
-    table = ".".join('"' + name.replace('"', '""') + '"' for name in (schema, family.table.name))
+    schema, table = table_of(connection)
     reserved = connection.execute(_RESERVE, {"count": len(rows), "table": table}).one_or_none()
     if reserved is None:
         return None
@@ -206,11 +206,6 @@ def _maker(column: Column[Any], dialect: Dialect, default: object) -> Callable[[
     if processor is None:
         return lambda row: row.get(name, default)
     return lambda row: processor(row.get(name, default))
-
-
-def _schema_of(connection: Connection) -> str:
-    translated = (connection.get_execution_options().get("schema_translate_map") or {}).get(family.table.schema)
-    return translated or str(family.table.schema)
 
 
 async def _copy(

@@ -17,11 +17,10 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapper, Session, SessionTransaction, object_session
 
 from pgebus._guard import DispatchSession
-from pgebus._writing import fill, flush, kind, missing_columns, refuse_related, sqlstate
+from pgebus._writing import fill, flush, kind, missing_columns, refuse_related, sqlstate, table_of
 from pgebus.errors import PublishError, RetryTransactionError
 from pgebus.inheritance import family
 from pgebus.models import Event
-from pgebus.names import quote_identifier
 
 _SERIALIZATION_FAILURE: Final = "40001"
 _UNIQUE_VIOLATION: Final = "23505"
@@ -187,8 +186,7 @@ def _unseen(connection: Connection, event: Event) -> Exception:
 
 
 def _row_security(connection: Connection) -> bool:
-    translated = (connection.get_execution_options().get("schema_translate_map") or {}).get(family.table.schema)
-    table = f"{quote_identifier(translated or str(family.table.schema))}.{family.table.name}"
+    _, table = table_of(connection)
     return _knows(connection, "row_security_active(CAST(:table AS regclass))", table=table)
 
 

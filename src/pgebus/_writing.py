@@ -19,6 +19,7 @@ from pgebus._guard import DispatchSession
 from pgebus.errors import TWO_PHASE, PublishError, SessionStateError
 from pgebus.inheritance import family, loaded_columns
 from pgebus.models import Event
+from pgebus.names import quote_identifier
 
 # In the session's info, while one of our functions flushes it: where it leaves the connection that it inserts on.
 _PUBLISHING: Final = "pgebus.publishing"
@@ -32,6 +33,13 @@ REFUSED_STATES: Final = {
     "25P01": AUTOCOMMIT,
     "25P02": "The transaction has failed, so nothing can be published in it. Roll it back first.",
 }
+
+
+def table_of(connection: Connection) -> tuple[str, str]:
+    """Return the schema of the table of events as *connection* translates it, and both names, quoted."""
+    own = family.table.schema
+    schema = (connection.get_execution_options().get("schema_translate_map") or {}).get(own) or str(own)
+    return schema, f"{quote_identifier(schema)}.{quote_identifier(family.table.name)}"
 
 
 def flush(session: Session, events: Sequence[Event], taken: list[Connection] | None = None) -> Sequence[Event]:
