@@ -59,9 +59,10 @@ def _drained(arena: Arena, contender: Contender, dsn: str, events: int, **option
     """Drain, with fresh statistics, which some need; make sure that everything was handled exactly once."""
     arena.sql(dsn, "ANALYZE", "SELECT 1")
     result = arena.run(contender, "drain", dsn, events=events, **options)
-    if result["calls"] != events or result["distinct"] != events:
-        raise AssertionError(f"{contender.name} handled {result['distinct']} of {events} in {result['calls']} calls")
-    return {"rate": events / result["seconds"], "cpu": result["cpu"] * 10_000 / events, "peak": result["peak"]}
+    handled = result["distinct"]
+    if result["calls"] != handled or handled < events or (handled > events and not options.get("first_of_many")):
+        raise AssertionError(f"{contender.name} handled {handled} of {events} in {result['calls']} calls")
+    return {"rate": handled / result["seconds"], "cpu": result["cpu"] * 10_000 / events, "peak": result["peak"]}
 
 
 def drain(arena: Arena, plan: Plan) -> Table:
@@ -197,7 +198,10 @@ def latency(arena: Arena, plan: Plan) -> Table:
 
 
 def _fill_with(state: str, events: int) -> list[str]:
-    insert = "INSERT INTO pgebus.events (type, priority, run_at) SELECT {}, {}, {} FROM generate_series(1, {}) n"
+    insert = (
+        "INSERT INTO pgebus.events (type, priority, run_at, payload)"
+        " SELECT {}, {}, {}, jsonb_build_object('n', n) FROM generate_series(1, {}) n"
+    )
     known, later = "'order.placed'", "now() + interval '1 day'"
     finished = "UPDATE pgebus.deliveries SET status = 'completed', finished_at = now(), claim_seq = 1, attempt = 1"
     return {
@@ -206,19 +210,22 @@ def _fill_with(state: str, events: int) -> list[str]:
         "for tomorrow": [insert.format(known, 0, later, events)],
         "for tomorrow, at all priorities": [insert.format(known, "n % 10", later, events)],
         "unhandled": [insert.format("'nobody.knows'", 0, "now()", events // 10)],
+        "pending": [insert.format(known, 0, "now()", events)],
     }[state]
 
 
 def scale(arena: Arena, plan: Plan) -> Table:
-    """The drain of pgebus by what else is in its tables: a million, or a hundred thousand unhandled."""
+    """The drain of 20,000 by what else is in the tables: a million, or a hundred thousand unhandled."""
     events, million = plan.size(20_000), plan.size(1_000_000)
-    states = ["an empty table", "finished", "for tomorrow", "for tomorrow, at all priorities", "unhandled"]
+    states = ["an empty table", "finished", "for tomorrow", "for tomorrow, at all priorities", "unhandled", "pending"]
 
     def once(state: str) -> dict[str, float]:
         with arena.database(PGEBUS) as dsn:
             if statements := _fill_with(state, million):
                 arena.sql(dsn, *statements, "SELECT 1")
                 arena.sql(dsn, "VACUUM ANALYZE pgebus.deliveries", "VACUUM ANALYZE pgebus.events", "SELECT 1")
+            if state == "pending":
+                return _drained(arena, PGEBUS, dsn, events, first_of_many=True)
             arena.run(PGEBUS, "fill", dsn, events=events)
             return _drained(arena, PGEBUS, dsn, events)
 

@@ -132,7 +132,7 @@ def counting(router: EventRouter, tally: Tally, *, transactional: bool = False) 
 
 
 async def drain(options: Options) -> Options:
-    """Handle everything that is due."""
+    """Handle everything that is due, or the first of it."""
     tally = Tally(options["events"])
     router = EventRouter()
     counting(router, tally, transactional=options.get("transactional", False))
@@ -144,8 +144,12 @@ async def drain(options: Options) -> Options:
             return count
 
         await unfinished()  # it is connected
+
+        async def handled() -> int:
+            return 0
+
         async with EventSystem(router, settings(options)):
-            return await tally.drained(unfinished)
+            return await tally.drained(handled if options.get("first_of_many") else unfinished)
 
 
 async def share(options: Options) -> Options:

@@ -51,6 +51,12 @@ CASES: Final = {
     # About twenty for each row, index entries and the event included.
     "claim": Case(STATEMENTS.claim, f"1, 'events', {_GROUPS}, 100", 4_000),
     "claim_one": Case(STATEMENTS.claim, f"1, 'events', {_GROUPS}, 1", 300),
+    "claim_on": Case(
+        STATEMENTS.claim_on,
+        f"1, 'events', {_GROUPS}, 100, ARRAY['default'], ARRAY[0], "
+        "ARRAY[(extract(epoch FROM now() - interval '1 hour') * 1000000)::bigint], ARRAY[0]",
+        4_000,
+    ),
     "claim_suspect": Case(STATEMENTS.claim_suspect, f"1, 'events', {_GROUPS}, 1", 300),
     "suspects": Case(STATEMENTS.suspects, f"'events', {_GROUPS}", 100),
     "next_due": Case(STATEMENTS.next_due, f"'events', {_GROUPS}", 300),
@@ -109,6 +115,36 @@ async def test_a_hot_statement_touches_a_bounded_number_of_buffers(sql: Sql, kno
         if buffers > CASES[name].buffers:
             too_many[name] = buffers
     assert not too_many
+
+
+async def test_a_claim_that_goes_on_walks_over_nothing_that_was_claimed_before(sql: Sql) -> None:
+    """The entries of what this very transaction finishes can't be removed; so it is in one that somebody holds open."""
+    await sql.execute("ALTER TABLE pgebus.deliveries SET (autovacuum_enabled = false)")
+    await sql.execute(PLANNER)
+    await subscribe(sql, "default", "a.b")
+    # Due in another order than they are stored in: so each entry is a page of its own.
+    await sql.execute(
+        "INSERT INTO pgebus.events (type, run_at)"
+        " SELECT 'a.b', now() - interval '1 second' * (n * 7919 % 20011) FROM generate_series(1, 20000) n"
+    )
+    due, microseconds, event_id = await sql.fetchrow(
+        "SELECT due_at, (extract(epoch FROM due_at) * 1000000)::bigint, event_id FROM pgebus.deliveries"
+        " ORDER BY due_at OFFSET 10000 LIMIT 1"
+    )  # type: ignore[misc]  # there is a row
+    await sql.execute(f"PREPARE claim AS {STATEMENTS.claim}")
+    await sql.execute(f"PREPARE claim_on AS {STATEMENTS.claim_on}")
+    transaction = sql.transaction()
+    await transaction.start()
+    await sql.execute("UPDATE pgebus.deliveries SET status = 'completed', finished_at = now() WHERE due_at < $1", due)
+    walked = await _touched(sql, "EXECUTE claim (1, 'events', ARRAY['default'], 10)")
+    went_on = await _touched(
+        sql,
+        f"EXECUTE claim_on (1, 'events', ARRAY['default'], 10, ARRAY['default'], ARRAY[0], "
+        f"ARRAY[{microseconds}], ARRAY[{event_id}])",
+    )
+    await transaction.rollback()
+    assert walked > 10_000
+    assert went_on < 400
 
 
 READ: Final = "SELECT seq_tup_read FROM pg_stat_xact_user_tables WHERE relname = 'deliveries'"

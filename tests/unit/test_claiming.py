@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import operator
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, cast
@@ -19,11 +19,11 @@ import pytest
 from pgebus._runtime.acknowledging import Acknowledger
 from pgebus._runtime.claiming import MAX_AHEAD, Claimer, Rate
 from pgebus._runtime.dispatching import Dispatcher, Following
-from pgebus._runtime.leases import Fence, Holdings, Lease
+from pgebus._runtime.leases import Fence, Holdings, Lane, Lease, Place
 from pgebus._runtime.outcome import Committed, Complete, Outcome
 from pgebus._runtime.presence import Presence
 from pgebus._runtime.quarantine import ALONE_SECONDS, DRAIN_SECONDS, LONGEST_WAIT_SECONDS, RETRY_SECONDS
-from pgebus._runtime.store import Store
+from pgebus._runtime.store import FROM_THE_BEGINNING, Store
 from pgebus._runtime.supervision import Crew
 from pgebus._runtime.waking import DatabaseClock, Wakeup
 from pgebus.groups import Group
@@ -54,7 +54,9 @@ class Shelf(Store):
     def add(self, *event_ids: int, lost: int = 0) -> None:
         self.pending.extend((event_id, lost) for event_id in event_ids)
 
-    async def claim(self, worker_id: int, groups: Sequence[str], limit: int) -> list[Lease]:
+    async def claim(
+        self, worker_id: int, groups: Sequence[str], limit: int, places: Mapping[Lane, Place] = FROM_THE_BEGINNING
+    ) -> list[Lease]:
         self.asked += 1
         return await self._claim(worker_id, groups[0], [item for item in self.pending if item[1] == 0][:limit], limit)
 
@@ -83,7 +85,7 @@ class Shelf(Store):
                     attempt=1 + lost,
                     lost=lost,
                     handled=(),
-                    row=cast("asyncpg.Record", {}),
+                    row=cast("asyncpg.Record", {"lane": 0, "due": 0}),
                 )
             )
         if taken and limit is not None:

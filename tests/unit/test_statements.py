@@ -83,6 +83,7 @@ def test_nothing_else_writes_on_a_running_delivery(name: str) -> None:
     text = flat(texts(PLAIN)[name])
     allowed = {
         "claim": "d.status = 'pending'",
+        "claim_on": "d.status = 'pending'",
         "claim_suspect": "d.status = 'pending'",
         "claim_limited": "d.status = 'pending'",
         "claim_limited_suspect": "d.status = 'pending'",
@@ -161,7 +162,7 @@ def test_who_asks_what_is_still_held_locks_nothing() -> None:
     assert fence in flat(PLAIN.still_held)
 
 
-CLAIMS = ["claim", "claim_suspect", "claim_limited", "claim_limited_suspect", "adopt"]
+CLAIMS = ["claim", "claim_on", "claim_suspect", "claim_limited", "claim_limited_suspect", "adopt"]
 
 
 @pytest.mark.parametrize("name", CLAIMS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Final, NoReturn
@@ -17,6 +17,7 @@ from pgebus._runtime.acknowledging import Acknowledger
 from pgebus._runtime.dispatching import Dispatcher, Following
 from pgebus._runtime.leases import Holdings, Lease
 from pgebus._runtime.outcome import Lost, Outcome, Release
+from pgebus._runtime.places import Places
 from pgebus._runtime.presence import Presence
 from pgebus._runtime.quarantine import Quarantine
 from pgebus._runtime.store import Store
@@ -116,6 +117,7 @@ class Claimer:
         self._here: dict[str, int] = {}
         self._limited: frozenset[str] = frozenset()
         self._turns: deque[str | None] = deque()
+        self._places = defaultdict[tuple[str, ...], Places](Places)
         self._slots = slots
         self._ahead = ahead
         self._poll_interval = poll_interval
@@ -259,14 +261,25 @@ class Claimer:
             if left <= 0:
                 continue
             if group is None:
-                leases = await self._store.claim(worker_id, free, left) if free else []
+                claimed += await self._claim_free(worker_id, free, left) if free else 0
             elif group in self._limited:
                 leases = await self._claim_limited(worker_id, group, left)
+                self._take(leases)
+                claimed += len(leases)
             else:
-                leases = await self._store.claim(worker_id, [group], left)
-            self._take(leases)
-            claimed += len(leases)
+                claimed += await self._claim_free(worker_id, [group], left)
         return claimed
+
+    async def _claim_free(self, worker_id: int, groups: list[str], limit: int) -> int:
+        """Claim of groups that have no limit: from where the last claim ended, then from the beginning."""
+        places = self._places[tuple(sorted(groups))]
+        reached = places.begin(monotonic())
+        leases = await self._store.claim(worker_id, groups, limit, reached)
+        places.ended(reached, leases, full=len(leases) == limit, now=monotonic())
+        self._take(leases)
+        if reached and len(leases) < limit:
+            return len(leases) + await self._claim_free(worker_id, groups, limit - len(leases))
+        return len(leases)
 
     async def _claim_limited(self, worker_id: int, group: str, room: int, *, suspect: bool = False) -> list[Lease]:
         leases = await self._store.claim_limited(worker_id, group, room, suspect=suspect)

@@ -22,6 +22,20 @@ class Fence(NamedTuple):
     worker_id: int
 
 
+class Lane(NamedTuple):
+    """Deliveries that are claimed in the order of their due times: those of one group and priority."""
+
+    group: str
+    priority: int
+
+
+class Place(NamedTuple):
+    """A delivery's place in its lane: when it was due, in microseconds since the epoch, and its event's id."""
+
+    due: int
+    event_id: int
+
+
 @dataclass(slots=True, eq=False)  # not frozen: that would take three times as long to make
 class Lease:
     """The right to finish one delivery, and what its claim brought along.
@@ -43,6 +57,16 @@ class Lease:
     lost: int
     handled: tuple[str, ...]
     row: asyncpg.Record
+
+    @property
+    def lane(self) -> Lane:
+        """The group and the priority that it was claimed at."""
+        return Lane(self.fence.group, self.row["lane"])
+
+    @property
+    def place(self) -> Place:
+        """Its place in the lane."""
+        return Place(self.row["due"], self.fence.event_id)
 
     @classmethod
     def from_row(cls, row: asyncpg.Record, worker_id: int) -> Lease:

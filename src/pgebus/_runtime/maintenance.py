@@ -16,7 +16,7 @@ import asyncpg
 
 from pgebus._runtime.faults import is_disconnect
 from pgebus._runtime.presence import Presence
-from pgebus._runtime.store import Backfill, Place, Store
+from pgebus._runtime.store import Backfill, KeyPlace, Store
 from pgebus.groups import Group
 from pgebus.health import LoopHealth
 from pgebus.routing import EventRouter
@@ -191,7 +191,7 @@ class Maintenance:
         self._subscribe_at = monotonic()
         self._configured = False
         self._sweep_at = monotonic()
-        self._swept: Place | None = None
+        self._swept: KeyPlace | None = None
         self._prune_at = monotonic() + PRUNE_SECONDS
 
     async def run(self) -> NoReturn:

@@ -26,7 +26,7 @@ _EVENT = """d.type AS delivery_type, d.key AS delivery_key, e.id, e.type, e.chan
     CASE WHEN e.created_at > '0001-01-03' AND e.created_at < '9999-12-29' THEN e.created_at END AS created_at"""
 
 _LEASE = """d.event_id, d.consumer_group, d.status, d.claim_seq, d.attempt, d.lost, d.handled, d.priority AS lane,
-    extract(epoch FROM d.due_at) AS due"""
+    (extract(epoch FROM least(d.due_at, now())) * 1000000)::bigint AS due"""
 
 # $5 is the entry as JSON, or NULL. "[last - 4 to last]" of a shorter array is all of it.
 _ERRORS = f"""CASE WHEN $5::jsonb IS NULL THEN d.errors ELSE jsonb_path_query_array(
@@ -120,7 +120,13 @@ class Statements:
         # would join the whole table. LEFT JOIN: a delivery whose event is gone must be seen, or it would fill its
         # lane for ever. What has a key waits for what is before it in its key, which may be still to come where a
         # group gets its earlier events.
-        def claim(lost: str, among: str = "") -> str:
+        def claim(lost: str, among: str = "", *, going_on: bool = False) -> str:
+            places = """
+  LEFT JOIN LATERAL (SELECT timestamptz 'epoch' + interval '1 microsecond' * u.due AS due_at, u.event_id
+    FROM unnest($5::text[], $6::integer[], $7::bigint[], $8::bigint[]) u(consumer_group, level, due, event_id)
+    WHERE u.consumer_group = served.consumer_group AND u.level = p.level LIMIT 1) r ON true"""
+            begin = "coalesce(r.due_at, '-infinity') AS due_at, coalesce(r.event_id, 0) AS event_id"
+            beyond = "(d.due_at, d.event_id) >= (lane.due_at, lane.event_id)"
             return f"""
 WITH served AS MATERIALIZED (
   SELECT g.consumer_group, u.ord, (
@@ -129,8 +135,8 @@ WITH served AS MATERIALIZED (
   FROM unnest($3::text[]) WITH ORDINALITY AS u(name, ord)
   JOIN {s}.consumer_groups g ON g.channel = $2::text AND g.consumer_group = u.name AND g.paused_at IS NULL{among}
 ), lane AS MATERIALIZED (
-  SELECT served.consumer_group, served.catching_up, p.level
-  FROM served CROSS JOIN generate_series(0, 9) AS p(level)
+  SELECT served.consumer_group, served.catching_up, p.level{f", {begin}" if going_on else ""}
+  FROM served CROSS JOIN generate_series(0, 9) AS p(level){places if going_on else ""}
   ORDER BY p.level, served.ord
 ), due AS MATERIALIZED (
   SELECT d.place, d.event_id
@@ -138,7 +144,7 @@ WITH served AS MATERIALIZED (
     SELECT d.ctid AS place, d.event_id
     FROM {s}.deliveries d
     WHERE d.status = 'pending' AND d.channel = $2 AND d.consumer_group = lane.consumer_group
-      AND d.priority = lane.level AND d.due_at <= now() AND d.lost {lost}
+      AND d.priority = lane.level AND d.due_at <= now() AND d.lost {lost}{f" AND {beyond}" if going_on else ""}
       AND (d.key IS NULL OR NOT lane.catching_up AND {first("d")})
     ORDER BY d.due_at, d.event_id
     LIMIT $4::integer FOR UPDATE SKIP LOCKED
@@ -153,6 +159,9 @@ RETURNING {_LEASE}, {_EVENT}{selected}"""
 
         unlimited = " AND g.max_running IS NULL"
         self.claim: Final = claim("= 0", unlimited)
+        # The same from places in the middle of lanes: $5 groups, $6 priorities, $7 due times in microseconds since the
+        # epoch, $8 event ids. Lanes that are not named begin at their beginning.
+        self.claim_on: Final = claim("= 0", unlimited, going_on=True)
         # A delivery in whose hands a worker died is taken one at a time, by a worker that can run it alone.
         self.claim_suspect: Final = claim("> 0", unlimited)
         # The same for one group that is limited, in one transaction with the two that come before them: the lock makes

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import asyncpg
@@ -17,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from pgebus._runtime.events import selected_columns
 from pgebus._runtime.faults import is_disconnect
-from pgebus._runtime.leases import Fence, Lease
+from pgebus._runtime.leases import Fence, Lane, Lease, Place
 from pgebus._runtime.outcome import Failure
 from pgebus._runtime.statements import Statements
 from pgebus._runtime.supervision import DATABASE_ERRORS
@@ -26,6 +27,7 @@ from pgebus.groups import Group
 # Far above what any of our statements takes, far below what a person would wait for.
 ANSWER_SECONDS: Final = 15.0
 _T = TypeVar("_T")
+FROM_THE_BEGINNING: Final[Mapping[Lane, Place]] = MappingProxyType({})
 # How often a claim that lost a race for a key is simply repeated.
 _KEY_TRIES: Final = 3
 
@@ -125,7 +127,7 @@ async def _discard(connection: AsyncConnection) -> None:
 
 
 # A key of a group of a channel.
-Place: TypeAlias = tuple[str, str, str]
+KeyPlace: TypeAlias = tuple[str, str, str]
 
 
 class Backfill(NamedTuple):
@@ -160,12 +162,21 @@ class Store:
             self._selected = selected
         return self._sql
 
-    async def claim(self, worker_id: int, groups: Sequence[str], limit: int) -> list[Lease]:
-        """Claim up to *limit* due deliveries, in the order in which they should start.
+    async def claim(
+        self, worker_id: int, groups: Sequence[str], limit: int, places: Mapping[Lane, Place] = FROM_THE_BEGINNING
+    ) -> list[Lease]:
+        """Claim up to *limit* due deliveries, in the order in which they should start, from *places* on.
 
         When this raises, deliveries may have been claimed all the same: see `strays()`.
         """
-        rows = await self._claimed(self._claiming().claim, worker_id, self._channel, list(groups), limit)
+        sql, arguments = self._claiming().claim, (worker_id, self._channel, list(groups), limit)
+        if places:
+            columns = [
+                list(column) for column in zip(*((*lane, *place) for lane, place in places.items()), strict=True)
+            ]
+            rows = await self._claimed(self._claiming().claim_on, *arguments, *columns)
+        else:
+            rows = await self._claimed(sql, *arguments)
         rows.sort(key=lambda row: (row["lane"], row["due"], row["event_id"]))
         return [Lease.from_row(row, worker_id) for row in rows]
 
@@ -331,7 +342,7 @@ class Store:
         """Say that a pattern has got its earlier events."""
         await self._line.fetch(self._sql.backfilled, self._channel, what.group, what.pattern)
 
-    async def sweep(self, behind: Place, limit: int) -> tuple[int, Place | None]:
+    async def sweep(self, behind: KeyPlace, limit: int) -> tuple[int, KeyPlace | None]:
         """Promote keys that lost their head unseen, looking at up to *limit* keys behind a place.
 
         Returns:
