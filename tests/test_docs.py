@@ -368,7 +368,7 @@ async def test_the_handlers_of_the_readme_do_what_it_says(
             states = "SELECT count(*) FROM pgebus.deliveries WHERE status = 'running' OR status = 'pending' AND {}"
             return done.is_set() and not await sql.fetchval(states.format("due_at < now() + interval '1 minute'"))
 
-        await until(settled)
+        await until(settled, 60.0)  # two thousand transactions
     assert await sql.fetchval("SELECT reserved FROM stock") == 1_102
     rows = await sql.fetch(
         "SELECT type, status, attempt, count(*) AS n FROM pgebus.deliveries GROUP BY 1, 2, 3 ORDER BY 1, 2"

@@ -18,6 +18,7 @@ from typing import Any, Final, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
 
+from pgebus.cron import Cron
 from pgebus.errors import ConfigurationError, InvalidHandlerError
 from pgebus.groups import DEFAULT_GROUP
 from pgebus.names import MAX_EVENT_TYPE_BYTES
@@ -65,6 +66,7 @@ class Handler:
         retry: Decides about its failures; None leaves it to the settings.
         payload: Makes its second argument from the payload; None passes the dict.
         threaded: Whether it is a plain function, which runs in a thread.
+        cron: When the clock publishes an event for it; None is never.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Handler:
     retry: RetryPolicy | None = None
     payload: TypeAdapter[Any] | None = None
     threaded: bool = False
+    cron: Cron | None = None
 
 
 def make_handler(

@@ -43,13 +43,14 @@ __all__ = [
     "ConsumerGroup",
     "Delivery",
     "Event",
+    "Schedule",
     "Subscription",
     "Worker",
     "metadata",
 ]
 
 # What the function schema_version() of the database must return.
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 # column_0_label would put the schema's name into the index's: another name in every schema.
 _NAMING: Final = {
@@ -323,6 +324,29 @@ class Subscription(Base):
     created_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=_NOW)
     # When a running process last said that it has a handler for it; renewed about once a minute.
     declared_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=_NOW)
+
+
+class Schedule(Base):
+    """Up to which time the clock has published the events of a type."""
+
+    __tablename__ = "schedules"
+    __table_args__ = (
+        PrimaryKeyConstraint("channel", "type", "cron", "timezone", name="pk_schedules"),
+        CheckConstraint("octet_length(channel) BETWEEN 1 AND 63", name="channel"),
+        CheckConstraint(r"octet_length(type) <= 255 AND type ~ '^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$'", name="type"),
+        CheckConstraint("octet_length(cron) BETWEEN 1 AND 255", name="cron"),
+        CheckConstraint("octet_length(timezone) BETWEEN 1 AND 255", name="timezone"),
+    )
+
+    channel: Mapped[str] = mapped_column(_NAME)
+    type: Mapped[str] = mapped_column(_NAME)
+    cron: Mapped[str] = mapped_column(_NAME)
+    timezone: Mapped[str] = mapped_column(_NAME)
+    # Everything up to this moment was published, or passed over.
+    last_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=_NOW)
+    # When a running process last said that it has this schedule.
+    declared_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=_NOW)
+    created_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=_NOW)
 
 
 class Worker(Base):

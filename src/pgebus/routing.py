@@ -13,7 +13,9 @@ from datetime import timedelta
 from operator import attrgetter
 from typing import Any, Final, TypeVar
 from weakref import ReferenceType, ref
+from zoneinfo import ZoneInfo
 
+from pgebus.cron import Cron, Missed, make_cron
 from pgebus.errors import ConfigurationError, DuplicateHandlerError, InvalidEventTypeError
 from pgebus.groups import DEFAULT_GROUP, Group, group_of
 from pgebus.handlers import Handler, HandlerFunction, check_options, is_same_function, make_handler
@@ -162,6 +164,21 @@ class EventRouter:
                 matches some of the same types.
             ConfigurationError: If another argument is of the wrong type, or *group* contradicts what was said of it.
         """
+        return self._registering(
+            path, transactional=transactional, name=name, group=group, timeout=timeout, retry=retry
+        )
+
+    def _registering(
+        self,
+        path: str | type[Event],
+        *,
+        transactional: bool,
+        name: str | None,
+        group: str | Group | None,
+        timeout: timedelta | None,
+        retry: RetryPolicy | None,
+        cron: Cron | None = None,
+    ) -> Callable[[_F], _F]:
         declared = _declared_type(path) if isinstance(path, type) else None
         full_path = declared or check_pattern(_joined(self._prefix, check_pattern(path)), what="Path")
         check_options(name, transactional, timeout, retry)
@@ -169,6 +186,7 @@ class EventRouter:
 
         def register(function: _F) -> _F:
             handler = make_handler(function, name=name, transactional=transactional, timeout=timeout, retry=retry)
+            handler = replace(handler, cron=cron)
             if chosen is not None:
                 handler = replace(handler, group=chosen.name)
             registration = _Registration(
@@ -176,6 +194,61 @@ class EventRouter:
             )
             self._add([registration])
             return function
+
+        return register
+
+    def every(
+        self,
+        cron: str,
+        path: str | type[Event] | None = None,
+        *,
+        timezone: str | ZoneInfo = "UTC",
+        missed: Missed = "latest",
+        transactional: bool = False,
+        name: str | None = None,
+        group: str | Group | None = None,
+        timeout: timedelta | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> Callable[[_F], _F]:
+        """Register the decorated function for an event that the clock publishes.
+
+        Each time is published once, however many processes have the schedule, and by whichever of them is there: the
+        event commits together with the note that it was. From there on it is an event like all others, delivered to
+        everybody who has a handler for it, tried again, and kept as a dead letter. Its payload is
+        `{"scheduled_at": "2026-01-31T03:00:00+00:00"}`, in UTC; its `run_at` the same. A schedule begins when it is
+        first declared; one with another expression or time zone is another schedule.
+
+        Times of day mean what Debian's cron makes of them: one that a clock change leaves out comes when the clock has
+        gone forward, one that comes twice comes the first time only; with a wildcard for the hour they come as often as
+        the clock shows them.
+
+        Args:
+            cron: Five fields: minute, hour, day of the month, month, day of the week.
+            path: The event type, as for `on()`, without wildcards; by default the name of the function.
+            timezone: The time zone that *cron* is read in.
+            missed: What to do about times at which no process ran: "latest" publishes the last of them, "all" each, and
+                "skip" none that is more than a minute late.
+            transactional: As for `on()`.
+            name: As for `on()`.
+            group: As for `on()`.
+            timeout: As for `on()`.
+            retry: As for `on()`.
+
+        Raises:
+            ConfigurationError: If *cron* is no cron expression, *timezone* no time zone, or cronsim is not installed
+                (`pip install 'pgebus[cron]'`).
+            InvalidEventTypeError, InvalidHandlerError, DuplicateHandlerError: As `on()`.
+        """
+        times = make_cron(cron, timezone, missed)
+        if isinstance(path, str):
+            check_event_type(path, what="Path")
+
+        def register(function: _F) -> _F:
+            chosen = getattr(function, "__name__", "") if path is None else path
+            registering = self._registering(
+                chosen, transactional=transactional, name=name, group=group, timeout=timeout, retry=retry, cron=times
+            )
+            return registering(function)
 
         return register
 

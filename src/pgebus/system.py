@@ -27,6 +27,7 @@ from pgebus._runtime.listening import Listener
 from pgebus._runtime.maintenance import Maintenance
 from pgebus._runtime.presence import Presence
 from pgebus._runtime.requirements import require_schema
+from pgebus._runtime.scheduling import Scheduler
 from pgebus._runtime.statements import Statements
 from pgebus._runtime.store import Line, Store
 from pgebus._runtime.supervision import DATABASE_ERRORS, Crew, Loops, cancel, keep_running, spawn
@@ -52,7 +53,8 @@ class EventSystem:
     """One worker: claims the events of a channel and runs their handlers.
 
     It has one life: start it, stop it, make another one. It owns its connections: `n_workers` for handlers, three for
-    its own statements, and one that listens. Belongs to one event loop. Any number of processes may share the tables.
+    its own statements, four with schedules, and one that listens. Belongs to one event loop. Any number of processes
+    may share the tables.
 
     Args:
         router: The handlers; routes that are added later are found as well.
@@ -87,7 +89,7 @@ class EventSystem:
         self._wakeup = Wakeup(self._clock)
         self._presence = Presence(self._departed)
         self._claimer: Claimer | None = None
-        self._loops = {name: LoopHealth(name) for name in ("listen", "claim", "acknowledge", "maintain")}
+        self._loops = {name: LoopHealth(name) for name in ("listen", "claim", "acknowledge", "maintain", "schedule")}
 
     @property
     def router(self) -> EventRouter:
@@ -172,7 +174,7 @@ class EventSystem:
             async with open_engines(self._settings) as (control, handlers, listen):
                 lines = Line(control), Line(control), Line(control)
                 try:
-                    await self._run(*lines, handlers, listen)
+                    await self._run(*lines, control, handlers, listen)
                 finally:
                     for line in lines:
                         await line.close()
@@ -199,7 +201,15 @@ class EventSystem:
     ) -> None:
         await self.stop(timeout=self._settings.event_system.shutdown_timeout_seconds)
 
-    async def _run(self, claims: Line, writes: Line, rounds: Line, handlers: AsyncEngine, listen: AsyncEngine) -> None:
+    async def _run(
+        self,
+        claims: Line,
+        writes: Line,
+        rounds: Line,
+        control: AsyncEngine,
+        handlers: AsyncEngine,
+        listen: AsyncEngine,
+    ) -> None:
         options = self._settings.event_system
         statements = Statements(self._settings.database.schema_name)
         await require_schema(rounds, statements)
@@ -265,6 +275,12 @@ class EventSystem:
             learned=claimer.learn,
             health=self._loops["maintain"],
         )
+        scheduler = Scheduler(
+            partial(AsyncSession, control.execution_options(isolation_level="READ COMMITTED")),
+            self._router,
+            options.channel,
+            health=self._loops["schedule"],
+        )
         # Before anything is claimed: from now on the trigger knows who wants what.
         await maintenance.subscribe()
 
@@ -273,6 +289,7 @@ class EventSystem:
             "acknowledge": (acknowledger.run, 5.0),
             "claim": (claimer.run, 5.0),
             "maintain": (maintenance.run, 5.0),
+            "schedule": (scheduler.run, 5.0),
         }
         loops = Loops()
         try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
 
+from pgebus.models import SCHEMA_VERSION
 from pgebus.settings import DatabaseSettings
 
 Template = Literal["generic", "async", "pyproject", "pyproject_async"]
@@ -214,6 +215,9 @@ class Host:
         ini.write_text(source, encoding="utf-8")
         self.env("models.Base.metadata")
 
+
+# Our newest revision; its number is the version of the schema.
+HEAD: Final = f"pgebus_{SCHEMA_VERSION:04}"
 
 NEXT: Final = '''"""Something new."""
 

@@ -10,8 +10,9 @@ from typing import Any
 import asyncpg
 import pytest
 from tests.conftest import Server
-from tests.postgres.hosts import CommandError, Host, Template
+from tests.postgres.hosts import HEAD, CommandError, Host, Template
 
+from pgebus.models import SCHEMA_VERSION
 from pgebus.settings import DatabaseSettings
 
 NEXT_RELEASES = "SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace('pgebus') AND relname LIKE 'news%'"
@@ -47,12 +48,12 @@ async def sql(server: Server, empty_database: DatabaseSettings) -> Any:
 def test_a_host_lives_with_us_from_release_to_release(host: Host) -> None:
     """`upgrade pgebus@head` always works: before and after each merge, and before and after each of our releases."""
     host.alembic("upgrade", "pgebus@head")
-    assert host.current() == ["pgebus_0001"]
+    assert host.current() == [HEAD]
     first = host.revise("first", "--autogenerate").stem.partition("_")[0]
-    assert host.heads() == sorted([first, "pgebus_0001"])
+    assert host.heads() == sorted([first, HEAD])
     host.alembic("upgrade", "pgebus@head")
     host.alembic("upgrade", "heads")
-    assert host.current() == sorted([first, "pgebus_0001"])
+    assert host.current() == sorted([first, HEAD])
 
     merged = host.merge("ours and theirs")
     assert merged.parent == host.versions
@@ -61,7 +62,7 @@ def test_a_host_lives_with_us_from_release_to_release(host: Host) -> None:
     assert "No new upgrade operations" in host.alembic("check")
     (head,) = host.current()
 
-    for number in (2, 3):
+    for number in (SCHEMA_VERSION + 1, SCHEMA_VERSION + 2):
         host.release(number)
         assert host.heads() == sorted([head, f"pgebus_{number:04}"])
         host.alembic("upgrade", "pgebus@head")
@@ -75,8 +76,8 @@ def test_a_host_lives_with_us_from_release_to_release(host: Host) -> None:
     # Down: what was merged with us goes with us, what came before the merge stays.
     host.alembic("downgrade", "pgebus@base")
     assert host.current() == [first]
-    host.alembic("upgrade", "pgebus_0003")
-    assert host.current() == sorted([first, "pgebus_0003"])
+    host.alembic("upgrade", f"pgebus_{SCHEMA_VERSION + 2:04}")
+    assert host.current() == sorted([first, f"pgebus_{SCHEMA_VERSION + 2:04}"])
     host.alembic("upgrade", "pgebus@head")  # what has been merged with us is of our branch
     assert host.current() == [head]
 
@@ -86,8 +87,8 @@ def test_a_host_lives_with_us_from_release_to_release(host: Host) -> None:
     host.alembic("upgrade", "head")
     assert host.current() == [head]
     host.alembic("downgrade", "base")
-    host.alembic("upgrade", "pgebus_0003")
-    assert host.current() == ["pgebus_0003"]
+    host.alembic("upgrade", f"pgebus_{SCHEMA_VERSION + 2:04}")
+    assert host.current() == [f"pgebus_{SCHEMA_VERSION + 2:04}"]
     host.alembic("upgrade", "pgebus@head")
     assert host.current() == [head]
 
@@ -104,14 +105,14 @@ def test_a_host_on_asyncpg_that_is_configured_in_its_pyproject_adopts_us(host: H
 
 @pytest.mark.slow
 def test_a_label_that_stayed_behind_would_fail(host: Host) -> None:
-    """Why the label travels: with it on the first revision, a host that has merged can't upgrade any more."""
+    """Why the label travels: with it on an older revision, a host that has merged can't upgrade any more."""
     host.alembic("upgrade", "pgebus@head")
     host.revise("first", "--autogenerate")
     host.merge("ours and theirs")
-    host.release(2)
+    host.release(SCHEMA_VERSION + 1)
     for file in host.our_versions.glob("*.py"):
         source = file.read_text(encoding="utf-8")
-        label = '("pgebus",)' if "0001" in file.name else "None"
+        label = '("pgebus",)' if f"{SCHEMA_VERSION:04}" in file.name else "None"
         changed = re.sub(r"^(branch_labels\b[^=]*= ).*$", rf"\g<1>{label}", source, flags=re.MULTILINE)
         file.write_text(changed, encoding="utf-8")
     host.restart()
@@ -125,12 +126,12 @@ async def test_a_hosts_revision_may_depend_on_ours(host: Host, sql: asyncpg.Conn
     )
     assert "depends_on: Union[str, Sequence[str], None] = 'pgebus" in made.read_text(encoding="utf-8")
     host.alembic("upgrade", f"{made.stem.partition('_')[0]}@head")
-    assert await sql.fetchval("SELECT pgebus.schema_version()") == 1
-    host.release(2)
+    assert await sql.fetchval("SELECT pgebus.schema_version()") == SCHEMA_VERSION
+    host.release(SCHEMA_VERSION + 1)
     host.alembic("upgrade", "pgebus@head")
     assert len(await sql.fetch(NEXT_RELEASES)) == 1
     host.alembic("upgrade", "heads")
-    host.merge("release 2")
+    host.merge("the next release")
     host.alembic("upgrade", "head")
     host.alembic("downgrade", "pgebus@base")
     assert await sql.fetchval("SELECT to_regnamespace('pgebus')") is None

@@ -70,39 +70,43 @@ def first(versions: Path) -> Path:
     return file
 
 
+def newest(versions: Path) -> Path:
+    return max(versions.glob("*.py"))
+
+
 def edit(file: Path, old: str, new: str) -> None:
     source = file.read_text(encoding="utf-8")
     assert old in source
     file.write_text(source.replace(old, new), encoding="utf-8")
 
 
-def add(versions: Path, revision: str, *, label: str = '("pgebus",)', down: str = "pgebus_0001") -> None:
+def add(versions: Path, revision: str, *, label: str = '("pgebus",)', down: str = "pgebus_0002") -> None:
     (versions / f"{revision}.py").write_text(
         f'revision = "{revision}"\ndown_revision = "{down}"\nbranch_labels = {label}\n', encoding="utf-8"
     )
 
 
 def test_the_label_moves_to_the_next_revision(versions: Path) -> None:
-    released = {"pgebus_0001": fingerprint(first(versions))}
-    edit(first(versions), '= ("pgebus",)', "= None")
-    add(versions, "pgebus_0002")
+    released = {"pgebus_0001": fingerprint(first(versions)), "pgebus_0002": fingerprint(newest(versions))}
+    edit(newest(versions), '= ("pgebus",)', "= None")
+    add(versions, "pgebus_0003")
     assert problems(versions, released) == []
 
 
 def test_a_label_that_stayed_behind_is_refused(versions: Path) -> None:
-    add(versions, "pgebus_0002", label="None")
+    add(versions, "pgebus_0003", label="None")
     assert [each for each in problems(versions, {}) if "move it" in each]
 
 
 def test_two_heads_are_refused(versions: Path) -> None:
-    edit(first(versions), '= ("pgebus",)', "= None")
-    add(versions, "pgebus_0002")
-    add(versions, "pgebus_0003", label="None")
+    edit(newest(versions), '= ("pgebus",)', "= None")
+    add(versions, "pgebus_0003")
+    add(versions, "pgebus_0004", label="None")
     assert [each for each in problems(versions, {}) if "2 heads" in each]
 
 
 def test_an_id_that_is_not_ours_is_refused(versions: Path) -> None:
-    edit(first(versions), '= ("pgebus",)', "= None")
+    edit(newest(versions), '= ("pgebus",)', "= None")
     add(versions, "abc123")
     assert [each for each in problems(versions, {}) if "'abc123'" in each]
 

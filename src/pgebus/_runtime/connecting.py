@@ -26,7 +26,7 @@ async def open_engines(settings: Settings) -> AsyncIterator[tuple[AsyncEngine, A
     """
     database = settings.database
     autocommit: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
-    control = make_engine(database, pool_size=3, max_overflow=0, **autocommit)
+    control = make_engine(database, pool_size=4, max_overflow=0, **autocommit)
     event.listen(control.sync_engine, "connect", _claim_as_designed)
     if database.listen_url is None:
         # Nobody else uses these sessions: through a pooler, a SET would reach strangers.

@@ -16,9 +16,7 @@ from pgebus.migrations.place import create_schema, drop_schema_if_empty, execute
 
 revision = "pgebus_0001"
 down_revision: str | None = None
-# The label belongs to the newest revision alone: left on an older one, `upgrade pgebus@head` has several
-# heads to choose from as soon as a host has merged our branch into its own.
-branch_labels: tuple[str, ...] | None = ("pgebus",)
+branch_labels: tuple[str, ...] | None = None
 depends_on: str | None = None
 
 TABLES: Final = (

@@ -1,0 +1,135 @@
+"""What the clock publishes: each time once in the cluster, by whoever is there, and all or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from pgebus import DatabaseSessionManager, DatabaseSettings, EventContext, EventRouter
+from pgebus._runtime.scheduling import LOOK_SECONDS, Scheduler
+from pgebus.health import LoopHealth
+from tests.system.bus import Sql, finished, running
+from tests.system.waiting import until
+
+BACK = "UPDATE pgebus.schedules SET last_at = date_trunc('minute', now()) - $1::interval RETURNING last_at"
+TICKS = "SELECT id, run_at, payload->>'scheduled_at' AS at, created_at FROM pgebus.events ORDER BY id"
+
+
+def router_with(cron: str = "* * * * *", **options: Any) -> EventRouter:
+    router = EventRouter("clock")
+
+    @router.every(cron, "ticked", **options)
+    async def handle(ctx: EventContext, payload: dict[str, Any]) -> None: ...
+
+    return router
+
+
+def scheduler(sm: DatabaseSessionManager, router: EventRouter) -> Scheduler:
+    return Scheduler(lambda: AsyncSession(sm.engine), router, "events", health=LoopHealth("schedule"))
+
+
+async def test_what_the_clock_publishes_is_handled(database: DatabaseSettings, sql: Sql) -> None:
+    seen: list[dict[str, Any]] = []
+    router = EventRouter("clock")
+
+    @router.every("* * * * *", "ticked", missed="all")
+    async def handle(ctx: EventContext, payload: dict[str, Any]) -> None:
+        seen.append(payload)
+
+    async with running(router, database):
+        await until(lambda: sql.fetchval("SELECT count(*) = 1 FROM pgebus.schedules"))
+    began: datetime = await sql.fetchval(BACK, timedelta(minutes=2))
+    async with running(router, database):
+        await until(lambda: sql.fetchval("SELECT count(*) >= 2 FROM pgebus.events"))
+        ids = [row["id"] for row in await sql.fetch(TICKS)]
+        await finished(sql, *ids)
+    expected = [began + timedelta(minutes=n) for n in (1, 2)]
+    assert [datetime.fromisoformat(payload["scheduled_at"]) for payload in seen[:2]] == expected
+    rows = await sql.fetch(TICKS)
+    assert [row["run_at"] for row in rows[:2]] == expected
+    assert all(row["run_at"] <= row["created_at"] for row in rows)
+
+
+async def test_a_schedule_begins_when_it_is_first_declared(sm: DatabaseSessionManager, sql: Sql) -> None:
+    pause = await scheduler(sm, router_with("0 0 1 1 *")).look()
+    assert LOOK_SECONDS <= pause <= LOOK_SECONDS + 1
+    assert await sql.fetch(TICKS) == []
+
+
+async def test_it_is_looked_at_again_when_its_time_comes(sm: DatabaseSessionManager, sql: Sql) -> None:
+    """The clock is the database's, in which the next minute may be a whole minute away."""
+    clock = scheduler(sm, router_with())
+    pause = await clock.look()
+    left = 60 - float(await sql.fetchval("SELECT extract(epoch FROM clock_timestamp()) % 60"))
+    assert 0 < pause <= LOOK_SECONDS + 1
+    assert pause == pytest.approx(min(left, LOOK_SECONDS), abs=5) or left > 55
+
+
+@pytest.mark.parametrize(("missed", "published"), [("latest", 1), ("all", 90), ("skip", 1)])
+async def test_times_at_which_nobody_ran(sm: DatabaseSessionManager, sql: Sql, missed: str, published: int) -> None:
+    clock = scheduler(sm, router_with(missed=missed))
+    await clock.look()
+    began: datetime = await sql.fetchval(BACK, timedelta(minutes=90))
+    await clock.look()
+    rows = await sql.fetch(TICKS)
+    reached = await sql.fetchval("SELECT last_at FROM pgebus.schedules")
+    minutes = round((reached - began) / timedelta(minutes=1))  # one more where a minute has begun meanwhile
+    assert minutes in (90, 91)
+    expected = range(1, minutes + 1) if missed == "all" else range(minutes - published + 1, minutes + 1)
+    found = [round((row["run_at"] - began) / timedelta(minutes=1)) for row in rows]
+    assert found == list(expected) or (missed == "skip" and found in ([], list(range(minutes - 1, minutes + 1))))
+
+
+async def test_however_many_look_at_once_each_time_is_published_once(sm: DatabaseSessionManager, sql: Sql) -> None:
+    clocks = [scheduler(sm, router_with(missed="all")) for _ in range(4)]
+    await clocks[0].look()
+    await sql.fetchval(BACK, timedelta(minutes=250))
+    for _ in range(4):
+        await asyncio.gather(*(clock.look() for clock in clocks))
+    rows = await sql.fetch(TICKS)
+    assert len(rows) >= 250
+    assert [row["run_at"] for row in rows] == sorted({row["run_at"] for row in rows})
+
+
+async def test_a_clock_that_cannot_publish_does_not_move_on(sm: DatabaseSessionManager, sql: Sql) -> None:
+    """Both commit together; and what can be published is, beside it."""
+    router = router_with(missed="all")
+
+    @router.every("* * * * *", "refused", missed="all")
+    async def handle(ctx: EventContext, payload: dict[str, Any]) -> None: ...
+
+    clock = scheduler(sm, router)
+    await clock.look()
+    began = await sql.fetchval(BACK, timedelta(minutes=3))
+    await sql.execute("ALTER TABLE pgebus.events ADD CONSTRAINT refuse CHECK (type <> 'clock.refused')")
+    with pytest.raises(Exception, match="refuse"):
+        await clock.look()
+    assert await sql.fetchval("SELECT last_at FROM pgebus.schedules WHERE type = 'clock.refused'") == began
+    assert await sql.fetchval("SELECT count(*) FROM pgebus.events WHERE type = 'clock.ticked'") >= 3
+    await sql.execute("ALTER TABLE pgebus.events DROP CONSTRAINT refuse")
+    await clock.look()
+    assert await sql.fetchval("SELECT count(*) FROM pgebus.events WHERE type = 'clock.refused'") >= 3
+
+
+async def test_who_has_no_schedule_asks_nothing(database: DatabaseSettings) -> None:
+    """Not even for the table: a release before has none, and a database of another kind may be behind it."""
+
+    def never() -> AsyncSession:
+        raise AssertionError("a session was made")
+
+    assert await Scheduler(never, EventRouter(), "events", health=LoopHealth("schedule")).look() == LOOK_SECONDS
+
+
+async def test_schedules_of_another_channel_are_left_alone(sm: DatabaseSessionManager, sql: Sql) -> None:
+    await scheduler(sm, router_with(missed="all")).look()
+    await sql.fetchval(BACK, timedelta(minutes=3))
+    elsewhere = Scheduler(
+        lambda: AsyncSession(sm.engine), router_with(missed="all"), "elsewhere", health=LoopHealth("schedule")
+    )
+    await elsewhere.look()
+    assert await sql.fetch(TICKS) == []
+    assert await sql.fetchval("SELECT count(*) FROM pgebus.schedules") == 2
