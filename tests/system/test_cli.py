@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
@@ -276,21 +277,36 @@ def test_settings_that_cannot_be_used_are_a_misuse(here: Here, variables: dict[s
 # pgebus demo
 
 
+@contextmanager
+def as_in_a_terminal() -> Iterator[None]:
+    """Have programs that are started in the block end at Ctrl-C.
+
+    A program inherits that a signal is ignored, but not that it is handled; and a shell without job control has what it
+    runs in the background ignore SIGINT, such as these tests.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Demo:
     """A demo that runs, and whatever it has started: all of them carry a mark in their environment."""
 
     def __init__(self, directory: Path, *command: str, **variables: str) -> None:
         self._mark = f"DEMO_MARK={uuid4()}"
         name, _, value = self._mark.partition("=")
-        self.process = subprocess.Popen(  # noqa: S603 - this Python
-            command or [*PGEBUS, "demo"],
-            env=environment(TMPDIR=str(directory), **{name: value}, **variables),
-            cwd=directory,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        with as_in_a_terminal():
+            self.process = subprocess.Popen(  # noqa: S603 - this Python
+                command or [*PGEBUS, "demo"],
+                env=environment(TMPDIR=str(directory), **{name: value}, **variables),
+                cwd=directory,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
 
     def read_to(self, beginning: str) -> None:
         """Read its output until a line begins like this."""
