@@ -143,6 +143,9 @@ class EmbeddedPostgres:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            # Ctrl-C in the terminal is for the program that we serve. A pg_ctl that dies of it leaves a server behind
+            # that has not yet written who it is.
+            start_new_session=True,
         )
 
     def _prepare(self, home: Path) -> None:

@@ -390,6 +390,37 @@ def test_a_demo_that_is_interrupted_leaves_nothing_behind(
     assert list(tmp_path.glob("pgebus-*")) == []
 
 
+INTERRUPTS_ITSELF = """
+import os, signal, sys, tempfile
+from pgebus.cli import main
+
+make = tempfile.mkdtemp
+
+def make_and_be_interrupted(*arguments, **options):
+    made = make(*arguments, **options)
+    os.kill(os.getpid(), signal.{number})
+    return made
+
+tempfile.mkdtemp = make_and_be_interrupted
+sys.argv[1:] = ["demo"]
+main()
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_demo_that_is_interrupted_as_it_makes_its_directory_removes_it(
+    tmp_path: Path, demos: list[Demo], number: str
+) -> None:
+    """Between the making of it and the note that it is to be removed."""
+    demo = Demo(tmp_path, sys.executable, "-c", INTERRUPTS_ITSELF.format(number=number))
+    demos.append(demo)
+    status, out, err = demo.finish()
+    assert (status, err) == (130, "")
+    assert "Interrupted." in out
+    assert demo.left() == []
+    assert list(tmp_path.glob("pgebus-*")) == []
+
+
 def test_the_demos_table_loses_nothing_in_a_narrow_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

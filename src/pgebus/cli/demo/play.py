@@ -49,7 +49,8 @@ def play(postgres: EmbeddedPostgres) -> bool:
         with _every_end_cleans_up(), ExitStack() as stack:
             _introduce(screen)
             stack.callback(postgres.stop)
-            workers = stack.enter_context(worker_processes(WORKERS, WORKER_SETTINGS))
+            with _nothing_in_between():
+                workers = stack.enter_context(worker_processes(WORKERS, WORKER_SETTINGS))
             kept = _perform(screen, postgres, workers)
     except KeyboardInterrupt:
         screen.verdict("Interrupted. The server, its data and the workers are gone.", good=False)
@@ -71,7 +72,8 @@ def _introduce(screen: Screen) -> None:
 
 def _perform(screen: Screen, postgres: EmbeddedPostgres, workers: list[WorkerProcess]) -> bool:
     """Prepare the database and tell the story; show what went wrong while the workers' logs are still there."""
-    postgres.start()
+    with _nothing_in_between():
+        postgres.start()
     # Finished settings: what the environment says about the user's own database does not matter here.
     database = DatabaseSettings(url=SecretStr(postgres.url()))
     upgrade(database)
@@ -126,3 +128,20 @@ def _every_end_cleans_up() -> Iterator[None]:
     finally:
         for number in changed:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _nothing_in_between() -> Iterator[None]:
+    """Put an interrupt off until the block has ended, so that all that is made in it is known and can be removed."""
+    came: list[int] = []
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
