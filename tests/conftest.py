@@ -17,7 +17,7 @@ from sqlalchemy import URL, make_url
 from pgebus.database import DatabaseSessionManager
 from pgebus.migrations import upgrade
 from pgebus.settings import DatabaseSettings
-from tests.embedded import embedded, version
+from tests.embedded import in_memory, version
 
 # Nothing here outlives the run, so durability would only cost time. Tests of durability start a server of their own.
 FAST = {"fsync": "off", "synchronous_commit": "on", "full_page_writes": "off", "max_connections": "200"}
@@ -32,9 +32,15 @@ def pytest_report_header() -> str:
 
 @dataclass(frozen=True)
 class Server:
-    """The PostgreSQL server under test, and how to make databases on it."""
+    """The PostgreSQL server under test, and how to make databases on it.
+
+    Attributes:
+        url: Where it is.
+        strategy: What CREATE DATABASE is told about how to copy.
+    """
 
     url: URL
+    strategy: str = ""
 
     def settings(self, database: str, **options: object) -> DatabaseSettings:
         url = self.url.set(database=database, drivername="postgresql+asyncpg")
@@ -57,10 +63,22 @@ class Server:
 def server() -> Iterator[Server]:
     """The server of the whole run."""
     if url := os.environ.get("PGEBUS_TEST_URL"):
-        yield Server(make_url(url))
+        yield asyncio.run(_known(make_url(url)))
         return
-    with embedded(FAST) as postgres:
-        yield Server(make_url(postgres.url()))
+    with in_memory(FAST) as postgres:
+        yield asyncio.run(_known(make_url(postgres.url())))
+
+
+async def _known(url: URL) -> Server:
+    """Have files copied, as all did before 15, where nothing is synced: a checkpoint is cheap, 7 MB of log are not."""
+    connection = await Server(url).connect()
+    try:
+        cheap = await connection.fetchval(
+            "SELECT current_setting('fsync') = 'off' AND current_setting('server_version_num')::int >= 150000"
+        )
+    finally:
+        await connection.close()
+    return Server(url, " STRATEGY file_copy" if cheap else "")
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +97,7 @@ _numbers = itertools.count(1)
 async def _scratch(server: Server, template: str | None) -> AsyncIterator[str]:
     name = f"pgebus_test_{os.getpid()}_{next(_numbers)}"
     copied = f' TEMPLATE "{template}"' if template else ""
-    await server.execute(f'CREATE DATABASE "{name}"{copied}')
+    await server.execute(f'CREATE DATABASE "{name}"{copied}{server.strategy}')
     yield name
     with suppress(OSError, asyncpg.PostgresConnectionError):  # a test of our own may have stopped the server
         await server.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
