@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Several processes, in the order of the files: those of tests/unit are short, and come last.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-slow test-matrix bench check fix clean
 
@@ -20,10 +22,10 @@ demo: $(STAMP) ## the main job, on an embedded PostgreSQL, in under 20 seconds
 	@$(BIN)/pgebus demo
 
 test: $(STAMP) ## every test of the default lane, on an embedded PostgreSQL
-	$(BIN)/python -m pytest
+	$(PYTEST) $(ARGS)
 
 test-slow: $(STAMP) ## the longer lanes as well
-	$(BIN)/python -m pytest -m ''
+	$(PYTEST) -m '' $(ARGS)
 
 bench: $(STAMP) ## what it costs, beside whoever else is installed; about an hour (ARGS="drain latency --runs 1")
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'

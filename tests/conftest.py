@@ -30,6 +30,17 @@ def pytest_report_header() -> str:
     return f"on: {'the server of PGEBUS_TEST_URL' if os.environ.get('PGEBUS_TEST_URL') else version()}, {libraries}"
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Say how many processes `-n auto` means: one more than there are processors, since a test waits half of its time.
+
+    Each has a server of its own. One that somebody has named would be shared, and some tests ask what all of its
+    sessions do, or make databases and roles of fixed names.
+    """
+    if os.environ.get("PGEBUS_TEST_URL"):
+        return 0
+    return min((os.cpu_count() or 1) + 1, 8)
+
+
 @dataclass(frozen=True)
 class Server:
     """The PostgreSQL server under test, and how to make databases on it.
