@@ -1,0 +1,218 @@
+"""The steps that specs are made of: each is a statement or a call of the library, left open for a later commit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from pgebus import publish_event
+from pgebus._runtime.leases import Lease
+from pgebus.session import GuardedSession
+from tests.interleavings.parties import Party, Step
+
+COMMIT: Final = Step("commit", lambda party: party.end("COMMIT"))
+ROLLBACK: Final = Step("rollback", lambda party: party.end("ROLLBACK"))
+
+
+def together(name: str, *steps: Step) -> Step:
+    """Several steps between which nobody comes."""
+
+    async def do(party: Party) -> object:
+        results = [await step.do(party) for step in steps]
+        return results[0]
+
+    return Step(name, do)
+
+
+def types(leases: Sequence[Lease]) -> str:
+    return " ".join(sorted(lease.type for lease in leases)) or "-"
+
+
+# What a worker does.
+
+
+def claim(limit: int = 10, *, groups: Sequence[str] = ("g",), suspect: bool = False) -> Step:
+    """Claim what is due; with *suspect*, one delivery that a worker died with."""
+
+    async def do(party: Party) -> str:
+        if suspect:
+            leases = await party.store.claim_suspect(party.worker_id, groups)
+        else:
+            leases = await party.store.claim(party.worker_id, groups, limit)
+        party.leases = [*party.leases, *leases]
+        return types(leases)
+
+    return Step("claim", do)
+
+
+def claim_limited(limit: int = 10, group: str = "g") -> Step:
+    async def do(party: Party) -> str:
+        leases = await party.store.claim_limited(party.worker_id, group, limit)
+        party.leases = [*party.leases, *(leases or [])]
+        return "locked" if leases is None else types(leases)
+
+    return Step("claim", do)
+
+
+async def _complete(party: Party) -> str:
+    if not party.leases:
+        return "-"
+    held = await party.store.complete(party.leases)
+    return " ".join(lease.type for lease in party.leases if (lease.fence.event_id, lease.fence.group) in held) or "-"
+
+
+async def _release(party: Party) -> str:
+    held = await party.store.release([lease.fence for lease in party.leases])
+    return " ".join(lease.type for lease in party.leases if (lease.fence.event_id, lease.fence.group) in held) or "-"
+
+
+async def _retry(party: Party) -> bool:
+    fence = party.leases[0].fence
+    return await party.store.reschedule(fence, delay=0, give_back=0, handled=[], entry={"type": "failed"})
+
+
+async def _bury(party: Party) -> bool:
+    return await party.store.bury(party.leases[0].fence, handled=[], entry={"type": "failed"})
+
+
+async def _unhandle(party: Party) -> bool:
+    return await party.store.unhandle(party.leases[0].fence)
+
+
+async def _sweep(party: Party) -> int:
+    return (await party.store.sweep(("", "", ""), 1_000))[0]
+
+
+async def _prune(party: Party) -> int:
+    return await party.store.prune_events(0.0, 100)
+
+
+COMPLETE: Final = Step("complete", _complete)
+RELEASE: Final = Step("release", _release)
+RETRY: Final = Step("retry", _retry)
+BURY: Final = Step("bury", _bury)
+UNHANDLE: Final = Step("unhandle", _unhandle)
+SWEEP: Final = Step("sweep", _sweep)
+PRUNE: Final = Step("prune", _prune)
+
+
+def recover(*worker_ids: int) -> Step:
+    """Take the leases of dead workers back."""
+
+    async def do(party: Party) -> int:
+        return await party.store.recover(worker_ids)
+
+    return Step("recover", do)
+
+
+def adopt(event_type: str) -> Step:
+    async def do(party: Party) -> str:
+        _, leases = await party.store.adopt(party.worker_id, "g", event_type, 10)
+        party.leases = [*party.leases, *leases]
+        return types(leases)
+
+    return Step("adopt", do)
+
+
+def idle(flag: bool) -> Step:
+    async def do(party: Party) -> None:
+        await party.store.set_idle(party.worker_id, flag)
+
+    return Step("idle", do)
+
+
+# What the dispatcher does for transactional handlers.
+
+
+async def _handle(party: Party) -> None:
+    """Begin the transaction and leave an effect, for the first lease."""
+    if party.leases:
+        await party.begin()
+        await _effect(party)
+
+
+async def _effect(party: Party) -> None:
+    raw = await party.line.driver()
+    await raw.execute(f"INSERT INTO effects (event_id, by) VALUES ({party.leases[0].fence.event_id}, '{party.name}')")
+
+
+async def _completed(party: Party) -> None:
+    if party.leases:
+        await party.complete(party.leases[0])
+
+
+HANDLE: Final = Step("handle", _handle)
+COMPLETED: Final = Step("complete", _completed)
+# As the dispatcher sends it, in one message.
+END: Final = together("end", COMPLETED, COMMIT)
+
+
+def follow_up(event_type: str, *, key: str | None = None) -> Step:
+    """Publish in the handlers' transaction."""
+
+    async def do(party: Party) -> None:
+        assert isinstance(party.guarded, GuardedSession)
+        await publish_event(party.guarded, event_type, {}, "events", key=key)
+
+    return Step("publish", do)
+
+
+# What an application does, or a person.
+
+
+async def _look(party: Party) -> None:
+    """Begin the transaction: from REPEATABLE READ on, this is what it will see to its end."""
+    connection = await party.session.connection()
+    await connection.exec_driver_sql("SELECT count(*) FROM pgebus.subscriptions")
+
+
+LOOK: Final = Step("look", _look)
+
+
+def publish(event_type: str, *, key: str | None = None, dedup_key: str | None = None, core: bool = False) -> Step:
+    """Publish in a session; with *core*, on its connection."""
+
+    async def do(party: Party) -> str:
+        unit: Any = await party.session.connection() if core else party.session
+        event = await publish_event(unit, event_type, {}, "events", key=key, dedup_key=dedup_key)
+        return f"{event.type}{' (there)' if event.duplicate else ''}"
+
+    return Step("publish", do)
+
+
+def by_hand(name: str, sql: str) -> Step:
+    """What a person sends, as the guides say; how many rows it met."""
+
+    async def do(party: Party) -> int:
+        connection = await party.session.connection()
+        return int((await connection.exec_driver_sql(sql)).rowcount)
+
+    return Step(name, do)
+
+
+def operation(name: str, call: Any, *args: Any) -> Step:
+    """A function of `pgebus.operations`."""
+
+    async def do(party: Party) -> object:
+        return await call(party.session, *args)
+
+    return Step(name, do)
+
+
+CANCEL: Final = by_hand(
+    "cancel",
+    "UPDATE pgebus.deliveries SET status = 'cancelled', worker_id = NULL, claimed_at = NULL, finished_at = now(),"
+    " holds_key = false WHERE event_id = 1 AND status NOT IN ('completed', 'cancelled')",
+)
+REDRIVE: Final = by_hand(
+    "redrive",
+    "UPDATE pgebus.deliveries SET status = 'pending', due_at = now(), finished_at = NULL, attempt = 0, lost = 0,"
+    " round = round + 1 WHERE event_id = 1 AND status = 'dead'",
+)
+DELETE: Final = by_hand("delete", "DELETE FROM pgebus.events WHERE id = 1")
+LOCK_EVENT: Final = by_hand("lock", "SELECT id FROM pgebus.events WHERE id = 1 FOR KEY SHARE")
+REPLAY: Final = by_hand(
+    "replay",
+    "UPDATE pgebus.deliveries SET status = 'pending', due_at = now(), finished_at = NULL, attempt = 0, lost = 0,"
+    " handled = NULL, round = round + 1 WHERE event_id = 1 AND status = 'completed'",
+)
