@@ -44,6 +44,8 @@ class Guard:
         # What the events that are published in this session inherit from the one that is handled.
         self.headers: Mapping[str, Any] = {}
         self.unsafe = False
+        # How many statements the handlers have sent.
+        self.statements = 0
         self.flushing = 0
         # While an event is published inside a savepoint of ours, which only takes back what was added for it.
         self.publishing = False
@@ -284,6 +286,7 @@ def _on_statement(connection: Connection, _cursor: object, statement: str, param
     if guard is None:
         return
     guard.check()
+    guard.statements += 1
     if guard.unsafe or (guard.publishing and _SAVEPOINT.fullmatch(statement)):
         return
     if words := find_control(statement):

@@ -20,7 +20,7 @@ from pydantic_core.core_schema import ErrorType
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from pgebus._causes import caused_by, inherit
-from pgebus._guard import dispatch_session, flush
+from pgebus._guard import Guard, dispatch_session, flush
 from pgebus._runtime import faults
 from pgebus._runtime.events import event_from_row
 from pgebus._runtime.leases import Lease
@@ -38,7 +38,7 @@ from pgebus._runtime.outcome import (
 )
 from pgebus._runtime.supervision import DATABASE_ERRORS, is_dismissed
 from pgebus._runtime.threads import Abandoned, Call, Threads
-from pgebus._runtime.transacting import NotBegunError, Transactions
+from pgebus._runtime.transacting import LostAheadError, NotBegunError, Transaction, Transactions
 from pgebus.context import EventContext
 from pgebus.errors import LeaseLostError, PayloadValidationError, StateError, TransactionEndedError
 from pgebus.handlers import Handler
@@ -230,6 +230,8 @@ class Dispatcher:
                 await self._transaction(lease, decoded, handlers, following)
             except _HandlerFailed as failed:
                 error, handler = failed.error, failed.handler
+            except LostAheadError:
+                continue  # at most once: the next one is begun now
             except NotBegunError as failed:
                 return Reschedule(self._policy.first, counted=False, failure=describe(failed.error, None))
             except Exception as raised:  # noqa: BLE001 - not even a bug of ours may run one delivery for ever, uncounted
@@ -266,6 +268,10 @@ class Dispatcher:
                     for handler in handlers:
                         # The flush after each, so that what fails in it is the failure of the handler that caused it.
                         await self._call(handler, context, lease, decoded, partial(flush, session))
+                except _HandlerFailed as failed:
+                    if _lost_ahead(transaction, session.sync_session.guard, failed.error):
+                        raise LostAheadError from failed
+                    raise
                 finally:
                     transaction.spoilt = session.sync_session.guard.unsafe
             # The fenced completion is the last thing that the transaction does. A COMMIT that PostgreSQL answered with
@@ -492,6 +498,17 @@ async def _call_in_time(
         raise
     if limit.expired():
         raise late
+
+
+def _lost_ahead(transaction: Transaction, guard: Guard, error: BaseException) -> bool:
+    """Return whether *error* tells of a connection that was lost before the delivery's turn came.
+
+    Only its first statement finds out, because no round trip begins such a transaction. That statement may as well be
+    what has ended the connection: so the handlers run once more in a transaction that is begun then, in the same
+    attempt, and what happens there is theirs.
+    """
+    unanswered = transaction.ahead and guard.statements <= 1 and not guard.unsafe
+    return unanswered and transaction.raw.is_closed() and not isinstance(error, (Signal, TimeoutError))
 
 
 def _seconds(handler: Handler) -> float | None:

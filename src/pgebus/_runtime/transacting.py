@@ -27,6 +27,10 @@ COMMIT_SECONDS: Final = 60.0
 _CLEANUP_SECONDS: Final = 5.0
 
 
+class LostAheadError(Exception):
+    """The transaction was begun ahead, and lost before its handlers had an answer in it: they are not to blame."""
+
+
 class NotBegunError(Exception):
     """The transaction could not even be opened: no handler has run, so none of them is to blame."""
 
@@ -45,6 +49,7 @@ class Transaction:
         begin: The message that has begun it.
         marker: What it is marked with.
         spoilt: Whether the connection has to be thrown away at its end.
+        ahead: Whether it was begun before its delivery's turn came, so that nobody knows whether it is still there.
         begun_for: The delivery for which the next one has been begun already, on the same connection.
     """
 
@@ -53,6 +58,7 @@ class Transaction:
     begin: str = ""
     marker: str = ""
     spoilt: bool = False
+    ahead: bool = False
     begun_for: Lease | None = None
 
 
@@ -88,7 +94,7 @@ class Transactions:
         async with contextlib.AsyncExitStack() as stack:
             begun = self._begun.pop(lease, None)
             if begun is not None:
-                begun.begun_for = None
+                begun.begun_for, begun.ahead = None, True
                 if not begun.raw.is_closed():
                     stack.push_async_callback(self._put_back, begun)
                     yield begun
@@ -103,7 +109,7 @@ class Transactions:
                         await transaction.raw.execute(self._sql.CLEAN + begin)
             except DATABASE_ERRORS as error:
                 raise NotBegunError(error) from error
-            transaction.begin, transaction.marker = begin, marker
+            transaction.begin, transaction.marker, transaction.ahead = begin, marker, False
             yield transaction
 
     async def complete(self, lease: Lease, transaction: Transaction, following: Lease | None) -> None:
