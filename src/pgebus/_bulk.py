@@ -165,7 +165,14 @@ def copy_rows(connection: Connection, rows: Sequence[Row], inherited: Mapping[st
     makers = makers_of([column.key for column in columns], connection.dialect, defaults)
     records = [(id_, *(make(row) for make in makers)) for id_, row in zip(ids, rows, strict=True)]
     adapted: Any = connection.connection.dbapi_connection
-    adapted.run_async(lambda driver: _copy(driver, schema, ["id", *(str(each.name) for each in columns)], records))
+    names = ["id", *(str(column.name) for column in columns)]
+    try:
+        adapted.run_async(lambda driver: _copy(driver, schema, names, records))
+    except (TimeoutError, asyncio.CancelledError) as error:
+        # Nobody knows what the next statement would meet there. And SQLAlchemy has to know: it would roll back on it,
+        # and that error would take the place of this one.
+        connection.invalidate(error)
+        raise
     return ids
 
 
@@ -211,12 +218,8 @@ def _maker(column: Column[Any], dialect: Dialect, default: object) -> Callable[[
 async def _copy(
     driver: asyncpg.Connection[asyncpg.Record], schema: str, columns: list[str], records: list[tuple[Any, ...]]
 ) -> None:
-    try:
-        with driver_error(f"COPY events ({', '.join(columns)})"):
-            await driver.copy_records_to_table("events", schema_name=schema, columns=columns, records=records)
-    except (TimeoutError, asyncio.CancelledError):
-        driver.terminate()  # nobody knows what the next statement would meet there
-        raise
+    with driver_error(f"COPY events ({', '.join(columns)})"):
+        await driver.copy_records_to_table("events", schema_name=schema, columns=columns, records=records)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, cast
 from uuid import uuid4
@@ -12,6 +13,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 from tests.postgres.plain_sql import Sql, subscribe
 from tests.system.bus import finished, publish, running
+from tests.system.faults import connected
+from tests.system.waiting import until
 
 from pgebus import (
     DatabaseSessionManager,
@@ -197,3 +200,30 @@ async def test_what_a_handler_publishes_says_what_caused_it(
     assert len(found) == 1
     assert f'"causation_id": "{root}"' in found[0]["headers"]
     assert '"mine": 1' in found[0]["headers"]
+
+
+async def test_a_copy_that_is_broken_off_raises_what_broke_it_off(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql
+) -> None:
+    """Its connection is thrown away, and the rollback on it that leaving the session would bring does not fail."""
+    async with connected(database) as other, other.transaction():
+        await other.execute("LOCK TABLE pgebus.events IN SHARE MODE")
+        copying = asyncio.create_task(_publish_many(sm))
+        await until(
+            lambda: sql.fetchval(
+                "SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database()"
+                " AND wait_event_type = 'Lock' AND query LIKE 'COPY%'"
+            )
+        )
+        copying.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await copying
+    assert "Current Checked out connections: 0" in sm.engine.sync_engine.pool.status()
+    await _publish_many(sm)
+    assert await sql.fetchval("SELECT count(*) FROM pgebus.events") == MANY
+
+
+async def _publish_many(sm: DatabaseSessionManager) -> None:
+    async with sm.session() as session:
+        await publish_events(session, rows(MANY))
+        await session.commit()
