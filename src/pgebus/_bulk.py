@@ -39,12 +39,12 @@ _CHECKS: Final[dict[str, Callable[[Any], Any]]] = {
     "run_at": check_run_at,
 }
 
-# The ids are taken first, because COPY returns nothing. A role that may not do so, or may not read the table, of which
-# the driver asks the types, gets no row.
+# The ids are taken first, because COPY returns nothing. A role that may not do so gets no row. It need not be allowed to
+# read the table: the driver asks for the types of the columns by a statement that it prepares and never executes.
 _RESERVE: Final = text("""
 SELECT ARRAY(SELECT nextval(q.sequence) FROM generate_series(1, :count)) AS ids, now() AS now FROM (
-  SELECT pg_get_serial_sequence(:table, 'id')::regclass AS sequence, CAST(:table AS regclass) AS relation) q
-WHERE has_sequence_privilege(q.sequence, 'USAGE') AND has_table_privilege(q.relation, 'SELECT')
+  SELECT pg_get_serial_sequence(:table, 'id')::regclass AS sequence) q
+WHERE has_sequence_privilege(q.sequence, 'USAGE')
 """)
 
 

@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, Connection, and_, inspect, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.event import listens_for
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Mapper, Session, SessionTransaction, object_session
+from sqlalchemy.orm import Mapper, Session, SessionTransaction, defer, object_session
 
 from pgebus._guard import DispatchSession
 from pgebus._writing import fill, flush, kind, missing_columns, refuse_related, sqlstate, table_of
@@ -203,15 +203,33 @@ def _load_id(connection: Connection, id_: int) -> bool:
 
 
 def _load(into: Session | Connection, condition: ColumnElement[bool]) -> Event | None:
-    statement = select(Event).where(condition)
-    # unique(): a subclass may have a collection that comes by a JOIN.
     if isinstance(into, Session):
-        return into.scalars(statement, execution_options={"populate_existing": True}).unique().one_or_none()
+        return _load_in(into, condition)
     # It ends without a trace: neither closing it nor dropping it touches the caller's transaction.
     session = Session(into, join_transaction_mode="rollback_only", expire_on_commit=False)
-    loaded = session.scalars(statement).unique().one_or_none()
+    loaded = _load_in(session, condition)
     session.expunge_all()
     return loaded
+
+
+def _load_in(session: Session, condition: ColumnElement[bool]) -> Event | None:
+    if session.scalars(select(Event.id).where(condition)).first() is None:
+        return None
+    statement, fresh = select(Event).where(condition), True
+    if not _may_read_payload(session):
+        # A publisher need not be able to read what others have published: the payload can't be loaded later either.
+        statement, fresh = statement.options(defer(Event.payload, raiseload=True)), False
+    # unique(): a subclass may have a collection that comes by a JOIN.
+    return session.scalars(statement, execution_options={"populate_existing": fresh}).unique().one_or_none()
+
+
+def _may_read_payload(session: Session) -> bool:
+    if isinstance(session, DispatchSession):
+        connection = session.guard.connection
+    else:
+        connection = session.connection(bind_arguments={"mapper": Event})
+    _, table = table_of(connection)
+    return _knows(connection, "has_column_privilege(CAST(:table AS regclass), 'payload', 'SELECT')", table=table)
 
 
 def _returned(into: Session | Connection, found: Event) -> Event:

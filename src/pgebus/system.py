@@ -22,6 +22,7 @@ from pgebus._runtime.acknowledging import Acknowledger
 from pgebus._runtime.claiming import ATTEMPTS_TO_SPARE, MAX_AHEAD, Claimer
 from pgebus._runtime.connecting import open_engines
 from pgebus._runtime.dispatching import Dispatcher
+from pgebus._runtime.fitness import require_visible
 from pgebus._runtime.leases import Holdings
 from pgebus._runtime.listening import Listener
 from pgebus._runtime.maintenance import Maintenance
@@ -213,6 +214,7 @@ class EventSystem:
         options = self._settings.event_system
         statements = Statements(self._settings.database.schema_name)
         await require_schema(rounds, statements)
+        await require_visible(rounds, statements)
 
         acknowledger = Acknowledger(
             Store(writes, statements, options.channel),

@@ -66,6 +66,9 @@ def _claim_as_designed(dbapi_connection: Any, _record: object) -> None:
 # A prepared statement keeps the plan that it got when it was new, and the tables may have been empty then: a scan that
 # was cheap would read all that has come since, until the next autovacuum. Every statement of ours has an index.
 PLANNER: Final = "SET enable_seqscan = off; SET enable_bitmapscan = off"
+# Our tables are named with their schema, and all else in our statements is PostgreSQL's own, whatever search path the
+# role or the database has: nobody may lead us to functions or operators of his.
+SEARCH_PATH: Final = "SET search_path = pg_catalog, pg_temp"
 
 
 def _give_up_in_time(dbapi_connection: Any, _record: object) -> None:
@@ -77,7 +80,7 @@ def _give_up_in_time(dbapi_connection: Any, _record: object) -> None:
     dbapi_connection.run_async(
         lambda driver: driver.execute(
             # The second, because a worker that freezes in a transaction of a limited group would keep it locked.
-            f"{PLANNER}; SET statement_timeout = {milliseconds}; "
+            f"{PLANNER}; {SEARCH_PATH}; SET statement_timeout = {milliseconds}; "
             f"SET idle_in_transaction_session_timeout = {milliseconds}"
         )
     )

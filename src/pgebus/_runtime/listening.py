@@ -37,7 +37,7 @@ _SLICES: Final = 10
 _KEEPALIVE: Final = (
     "SET tcp_keepalives_idle = 2; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3; "
     "SET tcp_user_timeout = 8000; SET statement_timeout = 0; SET lock_timeout = 0; "
-    "SET default_transaction_read_only = off; "
+    "SET default_transaction_read_only = off; SET search_path = pg_catalog, pg_temp; "
     # Before PostgreSQL 14 there is none.
     "SELECT set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'idle_session_timeout'"
 )

@@ -577,6 +577,28 @@ DELETE FROM {s}.workers w WHERE w.ended_at < now() - interval '1 day'
         self.may_read_sequence: Final = """
 SELECT has_sequence_privilege(q.name, 'SELECT') OR has_sequence_privilege(q.name, 'USAGE')
 FROM (SELECT pg_get_serial_sequence(quote_ident($1::text) || '.events', 'id') AS name) q"""
+        # The tables whose rows are subject to policies for this role, and whether one lets it read and change some: $1
+        # schema. A claim needs both: what it may not change it does not see.
+        self.row_security: Final = """
+SELECT c.relname AS name, (
+  SELECT count(DISTINCT verb) = 2 FROM (VALUES ('r'), ('w')) v(verb) JOIN pg_catalog.pg_policy p
+    ON p.polrelid = c.oid AND p.polpermissive AND p.polcmd::text IN ('*', verb)
+  WHERE 0 = ANY (p.polroles) OR EXISTS (SELECT FROM unnest(p.polroles) r(role) WHERE pg_has_role(r.role, 'USAGE'))
+) AS seen
+FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = $1::text AND c.relname IN ('events', 'deliveries', 'consumer_groups', 'subscriptions', 'workers')
+  AND c.relkind = 'r' AND row_security_active(c.oid) ORDER BY c.relname"""
+        # Whether the server takes writes, and what of it the role may not do: $1 schema.
+        self.fitness: Final = """
+SELECT pg_is_in_recovery() AS standby, array(
+  SELECT v.verb || ' on ' || v.name
+  FROM (VALUES ('events', 'SELECT'), ('deliveries', 'SELECT'), ('deliveries', 'UPDATE'), ('consumer_groups', 'SELECT'),
+    ('workers', 'SELECT'), ('workers', 'INSERT'), ('workers', 'UPDATE')) v(name, verb)
+  LEFT JOIN (pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = $1::text)
+    ON c.relname = v.name
+  WHERE has_table_privilege(c.oid, v.verb) IS NOT TRUE
+  UNION ALL SELECT 'USAGE on the schema'
+  FROM pg_catalog.pg_namespace n WHERE n.nspname = $1 AND NOT has_schema_privilege(n.oid, 'USAGE')) AS missing"""
         self.has_version: Final = """
 SELECT EXISTS (SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
   WHERE n.nspname = $1::text AND p.proname = 'schema_version' AND p.pronargs = 0)"""
@@ -590,7 +612,8 @@ WHERE n.nspname = $1::text AND c.relname = 'events' AND a.attnum > 0 AND NOT a.a
     # What an earlier delivery may have left on the connection: settings, a role, session-level advisory locks. In a
     # transaction of its own, or a later ROLLBACK would bring the settings back.
     CLEAN: Final = (
-        "BEGIN; RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL; SELECT pg_advisory_unlock_all(); COMMIT; "
+        "BEGIN; RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL; "
+        "SELECT pg_catalog.pg_advisory_unlock_all(); COMMIT; "
     )
 
     @staticmethod

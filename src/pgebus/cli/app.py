@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from pgebus import ConfigurationError, PgebusError, Settings, __version__
-from pgebus.cli import groups
+from pgebus.cli import groups, roles
 from pgebus.cli.messages import FAILED, MISUSED, database_errors_as_messages, fail, place_of
 from pgebus.drift import find_drift
 from pgebus.embedded import EmbeddedPostgres
@@ -38,6 +38,7 @@ app = typer.Typer(
 app.add_typer(groups.app, name="groups")
 app.command()(groups.blocked)
 app.command()(groups.routes)
+app.command()(roles.roles)
 
 
 def run() -> None:
