@@ -39,7 +39,7 @@ _CHECKS: Final[dict[str, Callable[[Any], Any]]] = {
     "run_at": check_run_at,
 }
 
-# The ids are taken first, because COPY returns nothing. A role that may not do so gets no row. It need not be allowed to
+# The ids are taken first, because COPY returns nothing. A role that may not do so gets no row. It need not be able to
 # read the table: the driver asks for the types of the columns by a statement that it prepares and never executes.
 _RESERVE: Final = text("""
 SELECT ARRAY(SELECT nextval(q.sequence) FROM generate_series(1, :count)) AS ids, now() AS now FROM (

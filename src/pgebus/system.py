@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from random import SystemRandom
+from time import monotonic
 from types import TracebackType
 from typing import Final, NoReturn, Self
 
@@ -22,11 +22,12 @@ from pgebus._runtime.acknowledging import Acknowledger
 from pgebus._runtime.claiming import ATTEMPTS_TO_SPARE, MAX_AHEAD, Claimer
 from pgebus._runtime.connecting import open_engines
 from pgebus._runtime.dispatching import Dispatcher
-from pgebus._runtime.fitness import require_visible
+from pgebus._runtime.fitness import complaints, require_visible
 from pgebus._runtime.leases import Holdings
 from pgebus._runtime.listening import Listener
 from pgebus._runtime.maintenance import Maintenance
 from pgebus._runtime.presence import Presence
+from pgebus._runtime.pulse import SILENT_SECONDS, Pulse
 from pgebus._runtime.requirements import require_schema
 from pgebus._runtime.scheduling import Scheduler
 from pgebus._runtime.statements import Statements
@@ -38,7 +39,7 @@ from pgebus._runtime.waking import DatabaseClock, Wakeup
 from pgebus._version import __version__
 from pgebus.errors import ConfigurationError, StateError
 from pgebus.groups import DEFAULT_GROUP
-from pgebus.health import LoopHealth, SystemHealth, SystemState
+from pgebus.health import SystemHealth, SystemState
 from pgebus.retry import RetryPolicy
 from pgebus.routing import EventRouter
 from pgebus.settings import Settings
@@ -48,6 +49,13 @@ logger = logging.getLogger(__name__)
 # After the handlers were cancelled: how long they may take to clean up, and how long the last writes may take.
 _CANCELLED_SECONDS: Final = 5.0
 _LAST_WRITES_SECONDS: Final = 10.0
+
+_NOT_RUNNING: Final = {
+    SystemState.NEW: "has not been started",
+    SystemState.STARTING: "is starting",
+    SystemState.STOPPING: "is stopping",
+    SystemState.STOPPED: "has ended",
+}
 
 
 class EventSystem:
@@ -90,7 +98,8 @@ class EventSystem:
         self._wakeup = Wakeup(self._clock)
         self._presence = Presence(self._departed)
         self._claimer: Claimer | None = None
-        self._loops = {name: LoopHealth(name) for name in ("listen", "claim", "acknowledge", "maintain", "schedule")}
+        self._lines: dict[str, Line] = {}
+        self._loops = {name: Pulse(name) for name in ("listen", "claim", "acknowledge", "maintain", "schedule")}
 
     @property
     def router(self) -> EventRouter:
@@ -174,6 +183,8 @@ class EventSystem:
         try:
             async with open_engines(self._settings) as (control, handlers, listen):
                 lines = Line(control), Line(control), Line(control)
+                # The third one is the maintenance's, whose long statements keep nobody from claiming.
+                self._lines = {"claim": lines[0], "acknowledge": lines[1]}
                 try:
                     await self._run(*lines, control, handlers, listen)
                 finally:
@@ -184,13 +195,31 @@ class EventSystem:
             logger.info("The event system has ended.")
 
     def health(self) -> SystemHealth:
-        """Return how the system is doing; asks nobody."""
+        """Return how the system is doing, and why it is not ready, in plain words.
+
+        Cheap, and never raises: it asks nobody. Also from another thread. When the database cannot be used, or the
+        listener is deaf, it says so within ten seconds, and again when that is over.
+        """
+        now = monotonic()
+        since = {name: line.waiting_since for name, line in self._lines.items()}
+        loops = {name: pulse.health(now, since.get(name)) for name, pulse in self._loops.items()}
+        reasons = [f"The system {_NOT_RUNNING[self._state]}."] if self._state in _NOT_RUNNING else []
+        if self._state is SystemState.RUNNING and not self._presence.here:
+            reasons.append(
+                "PostgreSQL does not see this worker: it claims nothing until its LISTEN connection is back."
+            )
+        for name, loop in loops.items():
+            reasons += self._loops[name].reasons(loop)
+        silent = min(loops[name].worked_seconds_ago or 0.0 for name in ("listen", "claim", "maintain"))
+        if self._state is SystemState.RUNNING and silent >= SILENT_SECONDS and not reasons:
+            reasons.append(f"No loop has come round for {silent:.0f} s: something blocks the event loop.")
         return SystemHealth(
             self._state,
             self._presence.here,
-            tuple(replace(loop) for loop in self._loops.values()),
+            tuple(loops.values()),
             len(self._crew),
             len(self._holdings),
+            tuple(reasons),
         )
 
     async def __aenter__(self) -> Self:
@@ -275,6 +304,7 @@ class EventSystem:
             retention=options.retention_seconds,
             look=self._wakeup.look,
             learned=claimer.learn,
+            complaints=partial(complaints, rounds, statements),
             health=self._loops["maintain"],
         )
         scheduler = Scheduler(

@@ -87,11 +87,11 @@ class Application:
         assert process.returncode == 0, f"{command} has ended with {process.returncode}:\n{stderr.decode()}"
         return stdout.decode().strip()
 
-    async def start(self, command: str) -> Program:
+    async def start(self, command: str, **environment: str) -> Program:
         """Start a program that stays."""
         log = self.folder.parent / f"{len(self.programs)}.log"
         with log.open("wb") as file:
-            process = await self._execute(command, stdout=file, stderr=STDOUT, env=self._environment)
+            process = await self._execute(command, stdout=file, stderr=STDOUT, env={**self._environment, **environment})
         program = Program(command, process, log)
         self.programs.append(program)
         return program

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import shlex
 import signal
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -194,6 +196,25 @@ async def test_its_migrations_can_be_written_down(shop: Application) -> None:
     """What `--sql` writes makes the same tables."""
     await shop.sql.execute(await shop.run("alembic upgrade head --sql"))
     await shop.run("alembic check")
+
+
+async def test_its_worker_tells_an_orchestrator_how_it_is(shop: Application) -> None:
+    """While it runs; and a signal ends both the worker and the server."""
+    await shop.run("alembic upgrade head")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    worker = await shop.start(WORKER, SHOP_HEALTH_PORT=str(port))
+    await worker.prints(re.compile("Handling channel"))
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+
+        async def ready() -> bool:
+            with contextlib.suppress(httpx.ConnectError):
+                return (await client.get("/ready")).status_code == 200
+            return False
+
+        await until(ready, SOON)
+        assert (await client.get("/live")).json() == {"alive": True, "state": "running"}
+    assert await shop.stop(signal.SIGTERM) == {WORKER: 0}
 
 
 async def test_many_customers_and_two_workers_share_the_stock(shop: Application) -> None:

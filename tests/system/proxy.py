@@ -30,17 +30,20 @@ class Proxy:
 
     Attributes:
         refusing: New connections are closed at once.
+        silent: New connections are accepted, and never answered.
         hidden: Types of server messages that are not passed on, for example `b"A"`, NotificationResponse.
     """
 
     def __init__(self, upstream: URL) -> None:
         self.refusing = False
+        self.silent = False
         self.hidden: set[bytes] = set()
         self._upstream = upstream
         self._server: asyncio.Server | None = None
         self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._cut: _Cut | None = None
+        self._healed = asyncio.Event()
 
     @property
     def url(self) -> URL:
@@ -73,7 +76,9 @@ class Proxy:
 
     def heal(self) -> None:
         """Break nothing any more; connections that are there are reset, so that none stays frozen."""
-        self.refusing, self._cut = False, None
+        self.refusing, self.silent, self._cut = False, False, None
+        self._healed.set()
+        self._healed = asyncio.Event()
         self.hidden.clear()
         self.reset()
 
@@ -126,6 +131,9 @@ class Proxy:
     async def _serve(self, client: Streams) -> None:
         async with _closing(client):
             if self.refusing:
+                return
+            if self.silent:
+                await self._healed.wait()
                 return
             with suppress(OSError, EOFError):
                 server = await connect(self._upstream)

@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from pgebus import DatabaseSessionManager, DatabaseSettings, EventContext, EventRouter
+from pgebus._runtime.pulse import Pulse
 from pgebus._runtime.scheduling import LOOK_SECONDS, Scheduler
-from pgebus.health import LoopHealth
 from tests.system.bus import Sql, finished, running
 from tests.system.waiting import until
 
@@ -29,7 +29,7 @@ def router_with(cron: str = "* * * * *", **options: Any) -> EventRouter:
 
 
 def scheduler(sm: DatabaseSessionManager, router: EventRouter) -> Scheduler:
-    return Scheduler(lambda: AsyncSession(sm.engine), router, "events", health=LoopHealth("schedule"))
+    return Scheduler(lambda: AsyncSession(sm.engine), router, "events", health=Pulse("schedule"))
 
 
 async def test_what_the_clock_publishes_is_handled(database: DatabaseSettings, sql: Sql) -> None:
@@ -121,14 +121,14 @@ async def test_who_has_no_schedule_asks_nothing(database: DatabaseSettings) -> N
     def never() -> AsyncSession:
         raise AssertionError("a session was made")
 
-    assert await Scheduler(never, EventRouter(), "events", health=LoopHealth("schedule")).look() == LOOK_SECONDS
+    assert await Scheduler(never, EventRouter(), "events", health=Pulse("schedule")).look() == LOOK_SECONDS
 
 
 async def test_schedules_of_another_channel_are_left_alone(sm: DatabaseSessionManager, sql: Sql) -> None:
     await scheduler(sm, router_with(missed="all")).look()
     await sql.fetchval(BACK, timedelta(minutes=3))
     elsewhere = Scheduler(
-        lambda: AsyncSession(sm.engine), router_with(missed="all"), "elsewhere", health=LoopHealth("schedule")
+        lambda: AsyncSession(sm.engine), router_with(missed="all"), "elsewhere", health=Pulse("schedule")
     )
     await elsewhere.look()
     assert await sql.fetch(TICKS) == []

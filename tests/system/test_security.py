@@ -217,5 +217,29 @@ async def test_a_worker_that_is_let_in_works(
         assert len(warned) == (way == "policy")
 
 
+@pytest.mark.parametrize(("table", "outcome"), [("deliveries", "refused"), ("subscriptions", "unhandled")])
+async def test_policies_are_not_to_be_forced_on_the_owner(
+    database: DatabaseSettings, sql: Sql, table: str, outcome: str
+) -> None:
+    """The triggers run as the owner: forced, they see nobody who wants the event, or may write nothing."""
+    async with casting(sql, database) as cast:
+        await cast.grant()
+        await sql.execute(
+            "INSERT INTO pgebus.consumer_groups (channel, consumer_group) VALUES ('events', 'g');"
+            "INSERT INTO pgebus.subscriptions (channel, consumer_group, pattern) VALUES ('events', 'g', 'a');"
+            f"ALTER TABLE pgebus.{table} ENABLE ROW LEVEL SECURITY"
+        )
+        publish_one = "INSERT INTO pgebus.events (type) VALUES ('a')"
+        await sql.execute(publish_one)
+        await sql.execute(f"ALTER TABLE pgebus.{table} FORCE ROW LEVEL SECURITY")
+        if outcome == "refused":
+            with pytest.raises(asyncpg.InsufficientPrivilegeError, match="row-level security"):
+                await sql.execute(publish_one)
+        else:
+            await sql.execute(publish_one)
+        states = await sql.fetch("SELECT status FROM pgebus.deliveries ORDER BY event_id")
+        assert [row[0] for row in states] == ["pending", outcome][: 1 + (outcome != "refused")]
+
+
 async def _nothing(ctx: EventContext, payload: dict[str, Any]) -> None:
     pass

@@ -28,9 +28,9 @@ from pgebus._runtime.outcome import (
     Reschedule,
     Unhandle,
 )
+from pgebus._runtime.pulse import Pulse
 from pgebus._runtime.store import Store
 from pgebus._runtime.supervision import keep_running
-from pgebus.health import LoopHealth
 
 FAILURE = Failure("shop.pay", "ValueError", "Müll")
 
@@ -105,7 +105,7 @@ class Desk:
         self.store = Ledger()
         self.holdings = Holdings()
         self.settled: list[float | None] = []
-        self.health = LoopHealth("acknowledge")
+        self.health = Pulse("acknowledge")
         self.acknowledger = Acknowledger(self.store, self.holdings, self.settled.append, self.health)
 
     def put(self, event_id: int, outcome: Outcome, *, keyed: bool = False) -> Lease:

@@ -22,12 +22,12 @@ from pgebus._runtime.dispatching import Dispatcher, Following
 from pgebus._runtime.leases import Fence, Holdings, Lane, Lease, Place
 from pgebus._runtime.outcome import Committed, Complete, Outcome
 from pgebus._runtime.presence import Presence
+from pgebus._runtime.pulse import Pulse
 from pgebus._runtime.quarantine import ALONE_SECONDS, DRAIN_SECONDS, LONGEST_WAIT_SECONDS, RETRY_SECONDS
 from pgebus._runtime.store import FROM_THE_BEGINNING, Store
 from pgebus._runtime.supervision import Crew
 from pgebus._runtime.waking import DatabaseClock, Wakeup
 from pgebus.groups import Group
-from pgebus.health import LoopHealth
 from pgebus.retry import RetryPolicy
 from pgebus.routing import EventRouter
 
@@ -201,7 +201,7 @@ class Bench:
         self.clock = DatabaseClock()
         self.wakeup = Wakeup(self.clock)
         self.presence = Registry(self.departed)
-        self.acknowledger = Acknowledger(self.store, self.holdings, self.settled, LoopHealth("acknowledge"))
+        self.acknowledger = Acknowledger(self.store, self.holdings, self.settled, Pulse("acknowledge"))
         self.claimer = Claimer(
             self.store,
             self.router,
@@ -217,7 +217,7 @@ class Bench:
             ahead=ahead,
             poll_interval=60.0,
             notify=notify,
-            health=LoopHealth("claim"),
+            health=Pulse("claim"),
         )
         self.presence.new_id()
         self.presence.arrive()

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from pgebus._runtime.pulse import Pulse
 from pgebus._runtime.supervision import Crew, Loops, Pause, cancel, is_dismissed, keep_running, spawn
-from pgebus.health import LoopHealth
 
 DATABASE_FAILURES = [
     asyncpg.AdminShutdownError("x"),
@@ -72,7 +72,7 @@ async def soon(what: Awaitable[Any]) -> Any:
 
 @pytest.mark.parametrize("error", DATABASE_FAILURES, ids=lambda error: type(error).__name__)
 async def test_a_loop_that_the_database_failed_begins_again(error: Exception) -> None:
-    body, health = Body(error), LoopHealth("claim")
+    body, health = Body(error), Pulse("claim")
     task = asyncio.create_task(keep_running(body, health, proven=is_proven(), longest_pause=0.0))
     await soon(body.well.wait())
     assert body.runs == 2
@@ -87,14 +87,14 @@ async def test_a_loop_that_the_database_failed_begins_again(error: Exception) ->
 
 @pytest.mark.parametrize("error", [ValueError("x"), AssertionError("x"), KeyError("x"), RuntimeError("x")], ids=repr)
 async def test_a_loop_that_failed_on_anything_else_is_not_run_again(error: Exception) -> None:
-    body, health = Body(error), LoopHealth("claim")
+    body, health = Body(error), Pulse("claim")
     with pytest.raises(type(error)):
         await soon(keep_running(body, health, proven=is_proven()))
     assert body.runs == 1
 
 
 async def test_a_system_that_runs_never_gives_up_on_the_database() -> None:
-    body, health = Body(*[ConnectionRefusedError() for _ in range(50)]), LoopHealth("claim")
+    body, health = Body(*[ConnectionRefusedError() for _ in range(50)]), Pulse("claim")
     task = asyncio.create_task(keep_running(body, health, proven=is_proven(), longest_pause=0.0))
     await soon(body.well.wait())
     assert health.failures == 50
@@ -102,7 +102,7 @@ async def test_a_system_that_runs_never_gives_up_on_the_database() -> None:
 
 
 async def test_a_system_that_has_never_run_gives_up_after_three_failures() -> None:
-    body, health = Body(*[ConnectionRefusedError(str(number)) for number in range(5)]), LoopHealth("claim")
+    body, health = Body(*[ConnectionRefusedError(str(number)) for number in range(5)]), Pulse("claim")
     with pytest.raises(ConnectionRefusedError, match="2"):
         await soon(keep_running(body, health, proven=is_proven(proven=False), longest_pause=0.0))
     assert body.runs == 3
@@ -110,9 +110,7 @@ async def test_a_system_that_has_never_run_gives_up_after_three_failures() -> No
 
 async def test_a_system_that_has_never_run_survives_two_failures() -> None:
     body = Body(ConnectionRefusedError(), ConnectionRefusedError())
-    task = asyncio.create_task(
-        keep_running(body, LoopHealth("claim"), proven=is_proven(proven=False), longest_pause=0.0)
-    )
+    task = asyncio.create_task(keep_running(body, Pulse("claim"), proven=is_proven(proven=False), longest_pause=0.0))
     await soon(body.well.wait())
     task.cancel()
 
@@ -142,7 +140,7 @@ async def test_pauses_grow_and_begin_anew_after_a_long_time_without_failure(monk
             await for_ever()
         raise ConnectionResetError
 
-    task = asyncio.create_task(keep_running(body, LoopHealth("claim"), proven=is_proven(), longest_pause=5.0))
+    task = asyncio.create_task(keep_running(body, Pulse("claim"), proven=is_proven(), longest_pause=5.0))
     await soon(well.wait())
     task.cancel()
     first, *grown, anew, second = slept
@@ -154,7 +152,7 @@ async def test_pauses_grow_and_begin_anew_after_a_long_time_without_failure(monk
 async def test_each_failure_is_logged_with_the_loop(caplog: pytest.LogCaptureFixture) -> None:
     body = Body(ConnectionRefusedError("port 5432"))
     with caplog.at_level(logging.WARNING, "pgebus"):
-        task = asyncio.create_task(keep_running(body, LoopHealth("listen"), proven=is_proven(), longest_pause=0.0))
+        task = asyncio.create_task(keep_running(body, Pulse("listen"), proven=is_proven(), longest_pause=0.0))
         await soon(body.well.wait())
     task.cancel()
     [record] = caplog.records
@@ -163,9 +161,10 @@ async def test_each_failure_is_logged_with_the_loop(caplog: pytest.LogCaptureFix
 
 
 def test_a_loop_is_well_when_it_says_so() -> None:
-    health = LoopHealth("claim", ok=False, failures=3, last_error="x")
+    health = Pulse("claim", ok=False, failures=3, last_error="x")
     health.well()
-    assert health == LoopHealth("claim", ok=True, failures=3, last_error="x")
+    assert (health.ok, health.failures, health.last_error) == (True, 3, "x")
+    assert health.well_at is not None
 
 
 # Pause

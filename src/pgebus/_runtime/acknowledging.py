@@ -27,8 +27,8 @@ from pgebus._runtime.outcome import (
     Reschedule,
     Unhandle,
 )
+from pgebus._runtime.pulse import Pulse
 from pgebus._runtime.store import Store, entry_of
-from pgebus.health import LoopHealth
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Acknowledger:
     """
 
     def __init__(
-        self, store: Store, holdings: Holdings, settled: Callable[[float | None], None], health: LoopHealth
+        self, store: Store, holdings: Holdings, settled: Callable[[float | None], None], health: Pulse
     ) -> None:
         self._store = store
         self._holdings = holdings

@@ -19,11 +19,11 @@ from pgebus._runtime.leases import Holdings, Lease
 from pgebus._runtime.outcome import Lost, Outcome, Release
 from pgebus._runtime.places import Places
 from pgebus._runtime.presence import Presence
+from pgebus._runtime.pulse import Pulse
 from pgebus._runtime.quarantine import Quarantine
 from pgebus._runtime.store import Store
 from pgebus._runtime.supervision import Crew
 from pgebus._runtime.waking import DatabaseClock, Wakeup, next_look
-from pgebus.health import LoopHealth
 from pgebus.routing import EventRouter
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Claimer:
         ahead: int = MAX_AHEAD,
         poll_interval: float,
         notify: str = "auto",
-        health: LoopHealth,
+        health: Pulse,
     ) -> None:
         self._store = store
         self._router = router

@@ -19,12 +19,12 @@ import asyncpg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgebus._runtime.presence import Presence
+from pgebus._runtime.pulse import Pulse
 from pgebus._runtime.statements import Statements
 from pgebus._runtime.store import Line, driver_of
 from pgebus._runtime.supervision import DATABASE_ERRORS
 from pgebus._runtime.waking import Wakeup
 from pgebus.errors import SessionlessConnectionError
-from pgebus.health import LoopHealth
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Listener:
         groups: Callable[[], list[str]],
         presence: Presence,
         wakeup: Wakeup,
-        health: LoopHealth,
+        health: Pulse,
         version: str,
     ) -> None:
         self._engine = engine

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from time import monotonic
 from typing import Final, NoReturn
@@ -15,10 +15,11 @@ from typing import Final, NoReturn
 import asyncpg
 
 from pgebus._runtime.faults import is_disconnect
+from pgebus._runtime.fitness import ASK_SECONDS
 from pgebus._runtime.presence import Presence
+from pgebus._runtime.pulse import Pulse
 from pgebus._runtime.store import Backfill, KeyPlace, Store
 from pgebus.groups import Group
-from pgebus.health import LoopHealth
 from pgebus.routing import EventRouter
 
 logger = logging.getLogger(__name__)
@@ -161,6 +162,7 @@ class Maintenance:
         retention: Seconds after which finished events are removed; None keeps them.
         look: Called when something may have become claimable.
         learned: Called when handlers were registered since the last round.
+        complaints: Returns why nothing can be claimed, though no statement has failed.
         health: Told when a round worked.
     """
 
@@ -175,7 +177,8 @@ class Maintenance:
         retention: float | None,
         look: Callable[[], None],
         learned: Callable[[], None],
-        health: LoopHealth,
+        complaints: Callable[[], Awaitable[tuple[str, ...]]],
+        health: Pulse,
     ) -> None:
         self._store = store
         self._router = router
@@ -185,6 +188,8 @@ class Maintenance:
         self._retention = retention
         self._look = look
         self._learned = learned
+        self._complaints = complaints
+        self._ask_at = monotonic() + ASK_SECONDS
         self._health = health
         self._backfiller = Backfiller(store, look)
         self._subscribed_version: int | None = None
@@ -212,6 +217,9 @@ class Maintenance:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _round(self) -> None:
+        if monotonic() >= self._ask_at:
+            self._health.complaints = await self._complaints()
+            self._ask_at = monotonic() + ASK_SECONDS
         await self._recover()
         await self.subscribe()
         if monotonic() >= self._sweep_at:

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from pgebus._runtime.store import ANSWER_SECONDS
 from pgebus._runtime.supervision import DATABASE_ERRORS
 from pgebus.cron import Cron
-from pgebus.health import LoopHealth
+from pgebus._runtime.pulse import Pulse
 from pgebus.models import Schedule
 from pgebus.publishing import publish_event
 from pgebus.routing import EventRouter
@@ -49,7 +49,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, session: Callable[[], AsyncSession], router: EventRouter, channel: str, *, health: LoopHealth
+        self, session: Callable[[], AsyncSession], router: EventRouter, channel: str, *, health: Pulse
     ) -> None:
         self._session = session
         self._router = router

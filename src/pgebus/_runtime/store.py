@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from time import monotonic
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
@@ -46,10 +47,13 @@ class Line:
         self._connection: AsyncConnection | None = None
         self._raw: asyncpg.Connection[asyncpg.Record] | None = None
         self._lock = asyncio.Lock()
+        # When what is not answered yet was sent, on the monotonic clock.
+        self.waiting_since: float | None = None
 
     async def fetch(self, sql: str, *args: object) -> list[asyncpg.Record]:
         """Return the rows of *sql*; committed when this returns, unknown when it raises a disconnect."""
         async with self._lock:
+            self.waiting_since = monotonic()
             try:
                 async with asyncio.timeout(self._within):
                     raw = self._raw if self._raw is not None else await self._connect()
@@ -58,11 +62,14 @@ class Line:
                 if not isinstance(error, asyncpg.PostgresError) or is_disconnect(error):
                     await self._drop()
                 raise
+            finally:
+                self.waiting_since = None
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[Callable[..., Awaitable[list[asyncpg.Record]]]]:
         """Run several statements in one transaction; yields what fetches. Committed at the end of the block."""
         async with self._lock:
+            self.waiting_since = monotonic()
             try:
                 async with asyncio.timeout(self._within):
                     raw = self._raw if self._raw is not None else await self._connect()
@@ -72,6 +79,8 @@ class Line:
                 if not isinstance(error, asyncpg.PostgresError) or is_disconnect(error):
                     await self._drop()
                 raise
+            finally:
+                self.waiting_since = None
 
     async def value(self, sql: str, *args: object) -> Any:
         """Return the first column of the first row, or None."""

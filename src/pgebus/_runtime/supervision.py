@@ -19,7 +19,7 @@ import asyncpg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from pgebus.health import LoopHealth
+from pgebus._runtime.pulse import Pulse
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Pause:
 
 async def keep_running(
     body: Callable[[], Awaitable[NoReturn]],
-    health: LoopHealth,
+    health: Pulse,
     *,
     proven: asyncio.Event,
     longest_pause: float = 5.0,
@@ -94,10 +94,7 @@ async def keep_running(
             if monotonic() - began > _WELL_AFTER_SECONDS:
                 pause.reset()
             delay = pause.next()
-            health.ok = False
-            health.failures += 1
-            # The first line only: what PostgreSQL adds as DETAIL may quote a row.
-            health.last_error = f"{type(error).__name__}: {error}".partition("\n")[0]
+            health.failed(error)
             logger.warning(
                 "The %s loop failed on the database (%s); it starts again in %.2f s.",
                 health.name,
@@ -106,6 +103,9 @@ async def keep_running(
                 extra={"pgebus_loop": health.name},
             )
             await asyncio.sleep(delay)
+        except Exception as error:
+            health.failed(error)
+            raise
 
 
 def spawn(coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
