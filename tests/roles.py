@@ -30,12 +30,12 @@ class Cast:
             await grant_roles(session, self.roles, schema=self.database.schema_name)
             await session.commit()
 
-    async def login(self, role: str, options: str = "") -> DatabaseSettings:
+    async def login(self, role: str, options: str = "", *, word: str = "none") -> DatabaseSettings:
         """Return settings of a new login that is a member of *role*."""
         name = f"login_{next(_numbers)}_{await self.sql.fetchval('SELECT pg_backend_pid()')}"
-        await self.sql.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'none' {options} IN ROLE {quote_identifier(role)}")
+        await self.sql.execute(f"CREATE ROLE {name} LOGIN PASSWORD '{word}' {options} IN ROLE {quote_identifier(role)}")
         self.logins.append(name)
-        url = self.database.sqlalchemy_url().set(username=name, password="none")
+        url = self.database.sqlalchemy_url().set(username=name, password=word)
         given = self.database.model_dump(exclude_unset=True, by_alias=True)
         return DatabaseSettings.model_validate({**given, "url": url.render_as_string(hide_password=False)})
 

@@ -229,4 +229,7 @@ def driver_error(sql: str) -> Iterator[None]:
         yield
     except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
         kind = IntegrityError if isinstance(error, asyncpg.IntegrityConstraintViolationError) else DBAPIError
-        raise kind(sql, None, error, hide_parameters=True) from error
+        wrapped = kind(sql, None, error, hide_parameters=True)
+        # As SQLAlchemy words it; the driver adds PostgreSQL's DETAIL, which may quote the row, with its payload.
+        wrapped.args = (f"({type(error).__module__}.{type(error).__name__}) {error.args[0] if error.args else ''}",)
+        raise wrapped from error

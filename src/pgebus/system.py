@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
+from inspect import iscoroutinefunction
 from random import SystemRandom
 from time import monotonic
 from types import TracebackType
@@ -68,16 +69,22 @@ class EventSystem:
     Args:
         router: The handlers; routes that are added later are found as well.
         settings: The database and how to run.
+        redact: Takes secrets out of the message and the traceback of an error before they are stored in
+            `deliveries.errors`, and before the message is logged. Called in the event loop with text of at most 65,536
+            characters. When it raises, or returns no text, nothing of the error but its type is kept.
 
     Raises:
         ConfigurationError: If the settings name a group that no handler is in.
     """
 
-    def __init__(self, router: EventRouter, settings: Settings) -> None:
+    def __init__(self, router: EventRouter, settings: Settings, *, redact: Callable[[str], str] | None = None) -> None:
         if not isinstance(router, EventRouter):
             raise TypeError(f"router must be an EventRouter, not {type(router).__name__}.")
         if not isinstance(settings, Settings):
             raise TypeError(f"settings must be Settings, not {type(settings).__name__}.")
+        given: object = redact
+        if given is not None and (not callable(given) or iscoroutinefunction(given)):
+            raise TypeError("redact must be a plain function that takes a text and returns one.")
         if unknown := set(settings.event_system.groups or ()) - {group.name for group in router.groups()}:
             raise ConfigurationError(
                 f"The settings name groups that no handler is in: {', '.join(sorted(unknown))}. Register their "
@@ -85,6 +92,7 @@ class EventSystem:
             )
         self._router = router
         self._settings = settings
+        self._redact = redact
         self._state = SystemState.NEW
         self._task: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
@@ -265,6 +273,7 @@ class EventSystem:
             ),
             rng=rng,
             threads=self._threads,
+            redact=self._redact,
             own=partial(AsyncSession, handlers.execution_options(isolation_level="READ COMMITTED")),
         )
         claimer = self._claimer = Claimer(

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 from datetime import timedelta
 from random import Random
+from typing import Any
 
+import asyncpg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -248,3 +250,71 @@ def test_the_cut_is_marked_at_the_side_that_was_cut() -> None:
 
 def test_nul_and_lone_surrogates_are_replaced() -> None:
     assert clean("a\x00b\ud800c\udfffd", 10) == "a\N{REPLACEMENT CHARACTER}b?c?d"
+
+
+# redact
+
+
+def test_a_redactor_sees_the_message_and_the_traceback() -> None:
+    failure = describe(raised(ValueError("token=abc")), "shop.pay", lambda text: text.replace("abc", "***"))
+    assert failure.message == "token=***"
+    assert failure.traceback is not None
+    assert "token=***" in failure.traceback
+    assert "abc" not in failure.traceback.replace("abc.", "")
+
+
+def test_a_secret_at_the_cap_is_not_cut_in_two() -> None:
+    """What is stored is cut after it was redacted, not before."""
+    secret = "s3cr3t" * 10
+    text = "x" * (MAX_MESSAGE_CHARS - 30) + secret
+    failure = describe(ValueError(text), None, lambda text: text.replace(secret, "***"))
+    assert failure.message.endswith("x***")
+    assert "s3cr3t" not in f"{failure.message}{failure.traceback}"
+
+
+def test_a_redactor_is_given_only_so_much() -> None:
+    given: list[str] = []
+
+    def note(text: str) -> str:
+        given.append(text)
+        return text
+
+    failure = describe(ValueError("x" * 10_000_000 + "\x00\ud800"), None, note)
+    assert {len(text) <= 65_536 for text in given} == {True}
+    assert len(failure.message) == MAX_MESSAGE_CHARS
+
+
+def _fails(text: str) -> str:
+    raise RuntimeError(text)
+
+
+@pytest.mark.parametrize(
+    ("redact", "kept"),
+    [
+        (_fails, "<the redactor raised RuntimeError>"),
+        (lambda text: None, "<the redactor returned NoneType>"),
+        (lambda text: text.encode(), "<the redactor returned bytes>"),
+        (lambda text: "\x00\ud800" + "y" * 100_000, "\N{REPLACEMENT CHARACTER}?" + "y" * 1_021 + "…"),
+    ],
+)
+def test_a_redactor_that_fails_spoils_nothing_and_lets_nothing_through(redact: Any, kept: str) -> None:
+    failure = describe(raised(ValueError("secret")), None, redact)
+    assert (failure.type, failure.message) == ("ValueError", kept)
+    assert "secret" not in str(failure.traceback)
+
+
+def test_what_postgresql_quotes_of_a_row_is_left_out() -> None:
+    """Its DETAIL may be a payload; which constraint was broken is in the message."""
+    said = asyncpg.UniqueViolationError('duplicate key value violates unique constraint "k"')
+    said.detail = "Failing row contains (1, secret)."
+    assert "secret" in str(said)
+    try:
+        try:
+            raise said
+        except asyncpg.PostgresError as error:
+            raise ValueError("wrapped") from error
+    except ValueError as error:
+        both = [describe(said, None), describe(error, None), describe(ExceptionGroup("all", [error]), None)]
+    for failure in both:
+        assert "secret" not in f"{failure.message}{failure.traceback}"
+        assert 'unique constraint "k"' in str(failure.traceback)

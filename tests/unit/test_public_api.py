@@ -83,7 +83,7 @@ SIGNATURES = {
     "EventRouter.include_router": "(self, other, *, prefix='', group=None)",
     "EventContext.publish": "(self, event_type, payload, channel=None, run_at=None, **options)",
     "Group": "(name, start=None, max_running=None, per_process=None, dead_holds_key=None)",
-    "EventSystem": "(router, settings)",
+    "EventSystem": "(router, settings, *, redact=None)",
     "EventSystem.start": "(self)",
     "EventSystem.stop": "(self, wait_for_completion=True, timeout=30.0)",
     "EventSystem.run": "(self)",

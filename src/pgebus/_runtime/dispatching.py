@@ -31,6 +31,7 @@ from pgebus._runtime.outcome import (
     Failure,
     Lost,
     Outcome,
+    Redact,
     Reschedule,
     Unhandle,
     decide,
@@ -131,6 +132,7 @@ class Dispatcher:
         rng: Spreads the retries.
         threads: Where plain functions run.
         own: Makes a session on an engine without the guard, for what handlers without a transaction publish.
+        redact: Takes secrets out of what is stored and logged of an error.
     """
 
     def __init__(
@@ -142,11 +144,13 @@ class Dispatcher:
         rng: Random,
         threads: Threads,
         own: Callable[[], AsyncSession],
+        redact: Redact | None = None,
     ) -> None:
         self._threads = threads
         # The last call of each delivery that has made one in a thread.
         self._calls: dict[Lease, Call] = {}
         self._own = own
+        self._redact = redact
         self._router = router
         self._transactions = transactions
         self._policy = policy
@@ -195,7 +199,7 @@ class Dispatcher:
         try:
             decoded = _Decoded(lease)
         except (ValueError, TypeError, RecursionError) as error:
-            return self._bury(lease, "UndecodableEvent", describe(error, None).message)
+            return self._bury(lease, "UndecodableEvent", describe(error, None, self._redact).message)
         if any(handler.transactional for handler in handlers):
             return await self._in_transaction(lease, decoded, handlers, following)
         return await self._without(lease, decoded, handlers)
@@ -233,14 +237,16 @@ class Dispatcher:
             except LostAheadError:
                 continue  # at most once: the next one is begun now
             except NotBegunError as failed:
-                return Reschedule(self._policy.first, counted=False, failure=describe(failed.error, None))
+                return Reschedule(self._policy.first, counted=False, failure=describe(failed.error, None, self._redact))
             except Exception as raised:  # noqa: BLE001 - not even a bug of ours may run one delivery for ever, uncounted
                 error, handler = raised, None
             else:
                 return Committed()
             if not faults.is_replayable(error) or isinstance(error, Signal) or replay == REPLAYS:
                 return self._after(lease, error, handler, handlers)
-            logger.debug("Event %d: %s; the transaction runs again.", lease.fence.event_id, error)
+            if logger.isEnabledFor(logging.DEBUG):
+                what = _first_line(describe(error, None, self._redact))
+                logger.debug("Event %d: %s; the transaction runs again.", lease.fence.event_id, what)
             await asyncio.sleep(_REPLAY_PAUSE_SECONDS * 2**replay * self._rng.random())
         raise AssertionError("the last replay returns")
 
@@ -377,7 +383,7 @@ class Dispatcher:
             logger.warning("%s What its handlers did was rolled back.", error, extra=extra)
             # Where it is lost indeed, the fence keeps this from being written. Where a handler removed its own
             # delivery, the rollback has brought it back.
-            return decide(error, handler=None, attempt=lease.attempt, policy=policy, rng=self._rng)
+            return decide(error, handler=None, attempt=lease.attempt, policy=policy, rng=self._rng, redact=self._redact)
         if handler is None and isinstance(error, TransactionEndedError):
             logger.critical(
                 "Event %d is dead for group %r and will not run again by itself: %s",
@@ -386,7 +392,7 @@ class Dispatcher:
                 error,
                 extra=extra,
             )
-            return DeadLetter(describe(error, None))
+            return DeadLetter(describe(error, None, self._redact))
         if handler is None and faults.sqlstate(error) == faults.IN_FAILED_TRANSACTION:
             text = "A handler caught a database error and went on; PostgreSQL had aborted the transaction by then."
             return self._failed(lease, error, None, policy, (), Failure(None, "TransactionAborted", text))
@@ -417,6 +423,7 @@ class Dispatcher:
             policy=policy,
             handled=handled,
             rng=self._rng,
+            redact=self._redact,
         )
         if failure is not None:
             decision = (
@@ -519,13 +526,17 @@ def _too_late(handler: Handler) -> TimeoutError:
     return TimeoutError(f"The handler did not return within its timeout of {_seconds(handler)} s.")
 
 
+def _first_line(failure: Failure) -> str:
+    return f"{failure.type}: {failure.message}".partition("\n")[0][:_LOGGED_CHARS]
+
+
 def _log_failure(lease: Lease, decision: Reschedule | DeadLetter) -> None:
     failure = decision.failure
     if failure is None:
         return
     where = f" in {failure.handler}" if failure.handler else ""
     # One line of it; the rest, with the traceback, is kept in the delivery's `errors`.
-    what = f"{failure.type}: {failure.message}".partition("\n")[0][:_LOGGED_CHARS]
+    what = _first_line(failure)
     extra = {"pgebus_event_id": lease.fence.event_id, "pgebus_group": lease.fence.group, "pgebus_type": lease.type}
     if isinstance(decision, DeadLetter):
         logger.error(
