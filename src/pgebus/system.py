@@ -12,7 +12,6 @@ from datetime import timedelta
 from functools import partial
 from inspect import iscoroutinefunction
 from random import SystemRandom
-from time import monotonic
 from types import TracebackType
 from typing import Final, NoReturn, Self
 
@@ -28,7 +27,7 @@ from pgebus._runtime.leases import Holdings
 from pgebus._runtime.listening import Listener
 from pgebus._runtime.maintenance import Maintenance
 from pgebus._runtime.presence import Presence
-from pgebus._runtime.pulse import SILENT_SECONDS, Pulse
+from pgebus._runtime.pulse import Pulse, report
 from pgebus._runtime.requirements import require_schema
 from pgebus._runtime.scheduling import Scheduler
 from pgebus._runtime.statements import Statements
@@ -50,13 +49,6 @@ logger = logging.getLogger(__name__)
 # After the handlers were cancelled: how long they may take to clean up, and how long the last writes may take.
 _CANCELLED_SECONDS: Final = 5.0
 _LAST_WRITES_SECONDS: Final = 10.0
-
-_NOT_RUNNING: Final = {
-    SystemState.NEW: "has not been started",
-    SystemState.STARTING: "is starting",
-    SystemState.STOPPING: "is stopping",
-    SystemState.STOPPED: "has ended",
-}
 
 
 class EventSystem:
@@ -208,26 +200,13 @@ class EventSystem:
         Cheap, and never raises: it asks nobody. Also from another thread. When the database cannot be used, or the
         listener is deaf, it says so within ten seconds, and again when that is over.
         """
-        now = monotonic()
-        since = {name: line.waiting_since for name, line in self._lines.items()}
-        loops = {name: pulse.health(now, since.get(name)) for name, pulse in self._loops.items()}
-        reasons = [f"The system {_NOT_RUNNING[self._state]}."] if self._state in _NOT_RUNNING else []
-        if self._state is SystemState.RUNNING and not self._presence.here:
-            reasons.append(
-                "PostgreSQL does not see this worker: it claims nothing until its LISTEN connection is back."
-            )
-        for name, loop in loops.items():
-            reasons += self._loops[name].reasons(loop)
-        silent = min(loops[name].worked_seconds_ago or 0.0 for name in ("listen", "claim", "maintain"))
-        if self._state is SystemState.RUNNING and silent >= SILENT_SECONDS and not reasons:
-            reasons.append(f"No loop has come round for {silent:.0f} s: something blocks the event loop.")
-        return SystemHealth(
+        return report(
             self._state,
-            self._presence.here,
-            tuple(loops.values()),
-            len(self._crew),
-            len(self._holdings),
-            tuple(reasons),
+            self._loops.values(),
+            present=self._presence.here,
+            waiting_since={name: line.waiting_since for name, line in self._lines.items()},
+            running=len(self._crew),
+            held=len(self._holdings),
         )
 
     async def __aenter__(self) -> Self:

@@ -249,7 +249,7 @@ async def test_another_thread_sees_a_blocked_event_loop(
     database: DatabaseSettings, monkeypatch: pytest.MonkeyPatch, sm: DatabaseSessionManager
 ) -> None:
     """Health needs no event loop, so a watchdog may ask while a handler blocks it."""
-    monkeypatch.setattr("pgebus.system.SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(pulse, "SILENT_SECONDS", 0.5)
     router, seen = EventRouter(), list[str]()
 
     def watch(system: EventSystem) -> None:

@@ -248,9 +248,12 @@ def test_cleaning_up_is_a_transaction_of_its_own() -> None:
     statements = [statement.strip() for statement in Statements.CLEAN.split(";")]
     assert statements[0] == "BEGIN"
     assert statements[-2:] == ["COMMIT", ""]
-    assert {"RESET SESSION AUTHORIZATION", "RESET ROLE", "RESET ALL", "SELECT pg_advisory_unlock_all()"} == set(
-        statements[1:-2]
-    )
+    assert {
+        "RESET SESSION AUTHORIZATION",
+        "RESET ROLE",
+        "RESET ALL",
+        "SELECT pg_catalog.pg_advisory_unlock_all()",
+    } == set(statements[1:-2])
 
 
 @pytest.mark.parametrize("place", [0, 2, 3])

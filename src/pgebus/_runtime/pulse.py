@@ -5,11 +5,12 @@ Notes, and asks nobody.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from time import monotonic
 from typing import Final
 
-from pgebus.health import LoopHealth
+from pgebus.health import LoopHealth, SystemHealth, SystemState
 
 # A statement of ours that is not answered for so long: the connection may be half open, or the server overloaded.
 # Well below what is waited for before the connection is given up, which is more than health may be wrong for.
@@ -77,3 +78,44 @@ class Pulse:
         if health.waiting_seconds >= PATIENCE_SECONDS:
             said.append(f"The {self.name} loop has been waiting for PostgreSQL for {health.waiting_seconds:.0f} s.")
         return said
+
+
+_NOT_RUNNING: Final = {
+    SystemState.NEW: "has not been started",
+    SystemState.STARTING: "is starting",
+    SystemState.STOPPING: "is stopping",
+    SystemState.STOPPED: "has ended",
+}
+
+
+def report(
+    state: SystemState,
+    pulses: Iterable[Pulse],
+    *,
+    present: bool,
+    waiting_since: Mapping[str, float | None],
+    running: int,
+    held: int,
+) -> SystemHealth:
+    """Make plain data of what the loops have noted.
+
+    Args:
+        state: Where the system is in its life.
+        pulses: The notes of its loops.
+        present: Whether the worker holds its lock.
+        waiting_since: By the name of a loop, when it sent what is not answered yet, on the monotonic clock.
+        running: How many deliveries run.
+        held: How many are claimed and not finished.
+    """
+    now = monotonic()
+    loops = [(pulse, pulse.health(now, waiting_since.get(pulse.name))) for pulse in pulses]
+    reasons = [f"The system {_NOT_RUNNING[state]}."] if state in _NOT_RUNNING else []
+    if state is SystemState.RUNNING and not present:
+        reasons.append("PostgreSQL does not see this worker: it claims nothing until its LISTEN connection is back.")
+    for pulse, loop in loops:
+        reasons += pulse.reasons(loop)
+    # The acknowledge loop works only when there is something to write.
+    silent = min(loop.worked_seconds_ago or 0.0 for _, loop in loops if loop.name != "acknowledge")
+    if state is SystemState.RUNNING and silent >= SILENT_SECONDS and not reasons:
+        reasons.append(f"No loop has come round for {silent:.0f} s: something blocks the event loop.")
+    return SystemHealth(state, present, tuple(loop for _, loop in loops), running, held, tuple(reasons))
