@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from time import monotonic
 from typing import Any
 
 import httpx
@@ -130,3 +131,18 @@ async def test_a_loop_that_ended_the_system_is_named() -> None:
     assert loop.reasons(loop.health(0.0)) == [
         "The maintain loop fails (1 times so far), the last time with: KeyError: 'a bug\\nwith more to it'"
     ]
+
+
+def test_loops_that_do_not_come_round_are_blocked_together() -> None:
+    """One that has come round lately, or never did yet, is no proof; a loop that waits for work is none either."""
+
+    def reasons(**ages: float | None) -> tuple[str, ...]:
+        now = monotonic()
+        pulses = [Pulse(name, well_at=None if age is None else now - age) for name, age in ages.items()]
+        state = SystemState.RUNNING
+        return pulse.report(state, pulses, present=True, waiting_since={}, running=0, held=0).reasons
+
+    assert reasons(listen=20.0, claim=20.0, maintain=1.0, acknowledge=20.0) == ()
+    assert reasons(listen=None, claim=None, maintain=None, acknowledge=20.0) == ()
+    (said,) = reasons(listen=12.0, claim=20.0, maintain=None, acknowledge=1.0)
+    assert said == "No loop has come round for 12 s: something blocks the event loop."

@@ -114,8 +114,9 @@ def report(
         reasons.append("PostgreSQL does not see this worker: it claims nothing until its LISTEN connection is back.")
     for pulse, loop in loops:
         reasons += pulse.reasons(loop)
-    # The acknowledge loop works only when there is something to write.
-    silent = min(loop.worked_seconds_ago or 0.0 for _, loop in loops if loop.name != "acknowledge")
+    # The acknowledge loop works only when there is something to write; one that never did yet says nothing.
+    ages = [loop.worked_seconds_ago for _, loop in loops if loop.name != "acknowledge"]
+    silent = min((age for age in ages if age is not None), default=0.0)
     if state is SystemState.RUNNING and silent >= SILENT_SECONDS and not reasons:
         reasons.append(f"No loop has come round for {silent:.0f} s: something blocks the event loop.")
     return SystemHealth(state, present, tuple(loop for _, loop in loops), running, held, tuple(reasons))
