@@ -33,6 +33,7 @@ _WORKER: Final = {
     "consumer_groups": "SELECT, INSERT, UPDATE",
     "subscriptions": "SELECT, INSERT, UPDATE",
     "workers": "SELECT, INSERT, UPDATE, DELETE",
+    "schedules": "SELECT, INSERT, UPDATE",
 }
 
 

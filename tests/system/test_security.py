@@ -24,13 +24,14 @@ from pgebus._runtime import maintenance
 from tests.roles import casting
 from tests.system.bus import Sql, backfilled, delivery, finished, publish, rounds, running, settings
 from tests.system.faults import EFFECTS, effects, record
+from tests.system.processes import Inquest
 from tests.system.waiting import until
 
 
 async def test_the_workers_role_is_enough_for_everything_that_a_worker_does(
-    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql, brisk: None, monkeypatch: pytest.MonkeyPatch
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql, inquest: Inquest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Start, declare, backfill, claim, complete, promote, publish, retry, bury, recover, adopt, sweep, prune, stop."""
+    """From start to stop: declaring, scheduling, publishing, retrying, recovering, adopting, sweeping, pruning."""
     monkeypatch.setattr(maintenance, "PRUNE_SECONDS", 0.05)
     router = EventRouter()
 
@@ -46,6 +47,11 @@ async def test_the_workers_role_is_enough_for_everything_that_a_worker_does(
         if payload.get("reject"):
             raise Reject("no")
 
+    router.every("* * * * *", "ticked", missed="all")(_nothing)
+    await sql.execute(
+        "INSERT INTO pgebus.schedules (channel, type, cron, timezone, last_at)"
+        " VALUES ('events', 'ticked', '* * * * *', 'UTC', now() - interval '3 minutes')"
+    )
     await sql.execute(f"{EFFECTS}; GRANT INSERT, SELECT ON effects TO PUBLIC")
     async with casting(sql, database) as cast:
         await cast.grant()
@@ -76,6 +82,7 @@ async def test_the_workers_role_is_enough_for_everything_that_a_worker_does(
             router.on("later.known", name="later")(often)
             await finished(sql, late)
             await rounds(sql)
+            await until(lambda: sql.fetchval("SELECT count(*) >= 2 FROM pgebus.events WHERE type = 'ticked'"))
             assert {loop.name: loop.last_error for loop in system.health().loops if loop.failures} == {}
         assert await effects(sql) == dict.fromkeys(range(4), 1)
         assert early < several[0]
@@ -205,7 +212,7 @@ async def test_a_worker_that_is_let_in_works(
     async with casting(sql, database) as cast:
         await cast.grant()
         login = await cast.login(cast.roles.worker, "BYPASSRLS" if way == "bypass" else "")
-        tables = ("events", "deliveries", "workers", "subscriptions", "consumer_groups")
+        tables = ("events", "deliveries", "workers", "subscriptions", "consumer_groups", "schedules")
         for table in tables:
             await sql.execute(f"ALTER TABLE pgebus.{table} ENABLE ROW LEVEL SECURITY")
             if way == "policy":

@@ -16,10 +16,10 @@ from sqlalchemy import func, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from pgebus._runtime.pulse import Pulse
 from pgebus._runtime.store import ANSWER_SECONDS
 from pgebus._runtime.supervision import DATABASE_ERRORS
 from pgebus.cron import Cron
-from pgebus._runtime.pulse import Pulse
 from pgebus.models import Schedule
 from pgebus.publishing import publish_event
 from pgebus.routing import EventRouter

@@ -586,8 +586,8 @@ SELECT c.relname AS name, (
   WHERE 0 = ANY (p.polroles) OR EXISTS (SELECT FROM unnest(p.polroles) r(role) WHERE pg_has_role(r.role, 'USAGE'))
 ) AS seen
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-WHERE n.nspname = $1::text AND c.relname IN ('events', 'deliveries', 'consumer_groups', 'subscriptions', 'workers')
-  AND c.relkind = 'r' AND row_security_active(c.oid) ORDER BY c.relname"""
+WHERE n.nspname = $1::text AND c.relname IN ('events', 'deliveries', 'consumer_groups', 'subscriptions', 'workers',
+    'schedules') AND c.relkind = 'r' AND row_security_active(c.oid) ORDER BY c.relname"""
         # Whether the server takes writes, and what of it the role may not do: $1 schema.
         self.fitness: Final = """
 SELECT pg_is_in_recovery() AS standby, array(
