@@ -106,11 +106,21 @@ class Transactions:
                     transaction = await self._take()
                     stack.push_async_callback(self._put_back, transaction)
                     with answered(transaction.raw):
-                        await transaction.raw.execute(self._sql.CLEAN + begin)
+                        await self._send_begin(transaction, begin)
             except DATABASE_ERRORS as error:
                 raise NotBegunError(error) from error
             transaction.begin, transaction.marker, transaction.ahead = begin, marker, False
             yield transaction
+
+    async def _send_begin(self, transaction: Transaction, begin: str) -> None:
+        try:
+            await transaction.raw.execute(self._sql.CLEAN + begin)
+        except DATABASE_ERRORS:
+            # Where not even this works, nothing ever will: a standby refuses a transaction that is to write. Kept, the
+            # connection would lead there as long as the standby runs.
+            transaction.spoilt = True
+            transaction.raw.terminate()
+            raise
 
     async def complete(self, lease: Lease, transaction: Transaction, following: Lease | None) -> None:
         """Complete *lease* and commit, in one message.
