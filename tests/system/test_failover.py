@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any
 
@@ -12,19 +13,23 @@ from pydantic import SecretStr
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 
+import pgebus.system
 from pgebus import (
     DatabaseSessionManager,
     DatabaseSettings,
     EventContext,
     EventRouter,
+    EventSystem,
     SessionStateError,
     publish_events,
 )
+from pgebus._runtime import transacting
 from pgebus._runtime.faults import sqlstate
+from pgebus._runtime.store import Line
 from pgebus.embedded import EmbeddedPostgres
 from pgebus.migrations import upgrade
-from tests.system.bus import finished, publish
-from tests.system.faults import EFFECTS, connected, effects, healthy, no_longer, record, worker
+from tests.system.bus import Sql, finished, publish, settings
+from tests.system.faults import EFFECTS, connected, effects, healthy, name_of, no_longer, record, tasks_of_ours, worker
 from tests.system.proxy import Proxy
 from tests.system.standby import Standby, primary_and_standby, reaching
 from tests.system.test_database_faults import Publisher, all_finished, both_kinds, nothing_lost_nothing_doubled
@@ -216,3 +221,73 @@ async def test_a_worker_that_leads_to_a_standby_is_red_and_leaves_it(pair: Pair,
         await healthy(system, within=15.0)
         await finished(sql, event_id, within=15.0)
         assert await effects(sql) == {1: 1, 2: 1}
+
+
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND application_name = $1"
+INSERT = "INSERT INTO pgebus.events (type, payload) VALUES ($1, jsonb_build_object('number', $2::int))"
+
+
+@asynccontextmanager
+async def without_its_standby(router: EventRouter) -> AsyncIterator[tuple[EventSystem, Sql, Standby]]:
+    """Run a worker on a primary whose synchronous standby has just gone; the connection does not wait for it."""
+    with primary_and_standby() as (primary, standby):
+        database = await made(primary, standby, "app")
+        await synchronous(primary)
+        async with connected(database) as sql:
+            await sql.execute("SET synchronous_commit = local")
+            system = EventSystem(router, settings(database, **DEAF))
+            async with system:
+                await sql.execute(INSERT, "order.placed", 0)
+                await sql.execute(INSERT, "order.checked", 0)
+                await all_finished(database)
+                await asyncio.to_thread(standby.shut_down)
+                yield system, sql, standby
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a worker give up after half a second what it gives up after 15 or 60."""
+    assert Line.__init__.__kwdefaults__ is not None
+    monkeypatch.setitem(Line.__init__.__kwdefaults__, "within", 0.5)
+    monkeypatch.setattr(transacting, "COMMIT_SECONDS", 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("event_type", ["order.placed", "order.checked"])
+async def test_without_its_synchronous_standby_commits_wait_and_nothing_piles_up(
+    impatient: None, event_type: str
+) -> None:
+    """What was not answered in time is given up on the server, too; when the standby is back, all goes on."""
+    router, seen = both_kinds()
+    async with without_its_standby(router) as (system, sql, standby):
+        name = name_of(system)
+        most = 0
+        for number in range(1, 9):
+            await sql.execute(INSERT, event_type, number)
+            began = monotonic()
+
+            async def a_second_later(began: float = began) -> bool:
+                return monotonic() - began > 1.0
+
+            await until(a_second_later)
+            most = max(most, await sql.fetchval(WAITING, name))
+        assert sum(loop.failures for loop in system.health().loops) >= 4
+        assert 1 <= most <= 4  # three lines and a slot, at the worst
+        await asyncio.to_thread(standby.start_again)
+        await until(lambda: sql.fetchval("SELECT bool_and(status = 'completed') FROM pgebus.deliveries"), within=60)
+        await healthy(system, within=30)
+        if event_type == "order.placed":
+            assert await effects(sql) == dict.fromkeys(range(9), 1)
+        else:
+            assert seen.keys() == set(range(9))
+
+
+@pytest.mark.slow
+async def test_a_system_stops_without_its_synchronous_standby(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last writes are tried for a bounded time; what they were about is recovered by others."""
+    monkeypatch.setattr(pgebus.system, "_LAST_WRITES_SECONDS", 0.5)
+    async with without_its_standby(both_kinds()[0]) as (system, sql, _):
+        await sql.execute(INSERT, "order.placed", 1)
+        await until(lambda: sql.fetchval(WAITING, name_of(system)))
+        await asyncio.wait_for(system.stop(timeout=0.1), 10)
+        assert not tasks_of_ours()
