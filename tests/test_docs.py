@@ -21,7 +21,7 @@ from textwrap import dedent, indent
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -275,7 +275,8 @@ def test_a_configuration_file_is_taken(block: Block, tmp_path: Path, monkeypatch
     settings = Settings()
     for section, values in read.items():
         for name, value in values.items():
-            assert getattr(getattr(settings, section), name) == value
+            found = getattr(getattr(settings, section), name)
+            assert (found.get_secret_value() if isinstance(found, SecretStr) else found) == value
 
 
 # --- fragments

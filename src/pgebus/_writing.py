@@ -29,7 +29,8 @@ AUTOCOMMIT: Final = (
 )
 # What only the server can know about a transaction: it refuses every INSERT, or the savepoint before it.
 REFUSED_STATES: Final = {
-    "25006": "The transaction is read-only, so nothing can be published in it. Use a read-write transaction.",
+    "25006": "The transaction is read-only, or the server is a standby, so nothing can be published in it. Use a "
+    "read-write transaction on the primary.",
     "25P01": AUTOCOMMIT,
     "25P02": "The transaction has failed, so nothing can be published in it. Roll it back first.",
 }

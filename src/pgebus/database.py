@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakSet
 
+import asyncpg
 from sqlalchemy import URL, event
-from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DisconnectionError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import QueuePool
 
@@ -27,14 +29,16 @@ logger = logging.getLogger(__name__)
 
 _MODEL_SCHEMA = "pgebus"
 _CLOSE_SECONDS = 5.0
+_READ_ONLY = "25006"
+_DOUBTED = "pgebus_read_only"
 
 
 def make_engine(settings: DatabaseSettings, *, url: URL | None = None, **engine_options: Any) -> AsyncEngine:
     """Return an engine for *settings*; it connects at its first use.
 
     Errors of the engine never show bound parameters: they would hold payloads. A connection that was closed
-    while it lay in the pool is replaced when it is taken out; one that comes back in an open transaction is
-    thrown away.
+    while it lay in the pool is replaced when it is taken out; so is one on which a write was refused because the server
+    is a standby, or read-only for another reason. One that comes back in an open transaction is thrown away.
 
     Args:
         settings: The database, the pool and the schema.
@@ -75,6 +79,8 @@ def make_engine(settings: DatabaseSettings, *, url: URL | None = None, **engine_
         **engine_options,
     )
     event.listen(engine.sync_engine, "checkout", _replace_closed)
+    event.listen(engine.sync_engine, "handle_error", _doubt_read_only)
+    event.listen(engine.sync_engine, "checkout", _replace_read_only)
     event.listen(engine.sync_engine, "reset", _refuse_open_transaction)
     return engine
 
@@ -101,6 +107,25 @@ def _replace_closed(dbapi_connection: Any, _record: object, _proxy: object) -> N
     # asyncpg has seen the server close it, for example at a restart: no round trip is needed to know.
     if dbapi_connection.driver_connection.is_closed():
         raise DisconnectionError("The connection was closed while it lay in the pool.")
+
+
+def _doubt_read_only(context: ExceptionContext) -> None:
+    """Take note of a connection on which nothing could be written: it may lead to what was the primary once."""
+    if context.connection is not None and getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
+        with suppress(SQLAlchemyError):  # it is closed already
+            context.connection.connection.info[_DOUBTED] = True
+
+
+def _replace_read_only(dbapi_connection: Any, record: Any, _proxy: object) -> None:
+    """Replace such a connection where it is still so: a standby stays one for ever, its address may lead elsewhere."""
+    if not record.info.pop(_DOUBTED, False):
+        return
+    try:
+        state = dbapi_connection.run_async(lambda driver: driver.fetchval("SHOW transaction_read_only"))
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        raise DisconnectionError("The connection was lost while it lay in the pool.") from error
+    if state == "on":
+        raise DisconnectionError("The connection leads to a server that cannot be written.")
 
 
 def _refuse_open_transaction(dbapi_connection: Any, record: Any, _state: object) -> None:

@@ -29,7 +29,7 @@ class LoopHealth:
     """How one loop is doing.
 
     Attributes:
-        name: Which loop: listen, claim, acknowledge or maintain.
+        name: Which loop: listen (or beat), claim, acknowledge, maintain or schedule.
         ok: False from a failure until the loop works again, and while the database does not answer it.
         failures: How often it has failed since the start.
         last_error: Type and message of the last failure.

@@ -349,8 +349,15 @@ class Schedule(Base):
     created_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=_NOW)
 
 
+# How long a worker that beats may be silent, by the database's clock, before its beat counts as absent.
+BEAT_ABSENT_SECONDS: Final = 15
+
+
 class Worker(Base):
-    """One run of a process that handles events; its id is also the advisory lock that shows it alive."""
+    """One run of a process that handles events; its id is also the advisory lock that shows it alive.
+
+    One that holds no lock beats: it has no `backend_pid`, and writes `beat_at` each second.
+    """
 
     __tablename__ = "workers"
     __table_args__ = (PrimaryKeyConstraint("id", name="pk_workers"),)

@@ -36,7 +36,7 @@ from sqlalchemy.orm import aliased
 
 from pgebus.errors import ConfigurationError, StateError
 from pgebus.groups import check_group_name
-from pgebus.models import ConsumerGroup, Delivery, Subscription, Worker
+from pgebus.models import BEAT_ABSENT_SECONDS, ConsumerGroup, Delivery, Subscription, Worker
 from pgebus.names import check_channel
 from pgebus.patterns import check_pattern
 
@@ -362,7 +362,7 @@ def _counts(channel: str | None) -> Subquery:
 
 
 def _alive(channel: ColumnElement[str], group: ColumnElement[str] | None = None) -> ScalarSelect[int]:
-    """Return how many workers of a channel, or of a group of it, are alive: their advisory lock is held.
+    """Return how many workers of a channel, or of a group of it, are alive: their lock is held, or they beat.
 
     `ended_at` alone would count for ever those that were killed, when nobody is left to notice.
     """
@@ -378,7 +378,11 @@ def _alive(channel: ColumnElement[str], group: ColumnElement[str] | None = None)
     held = select(key).where(
         locks.c.locktype == "advisory", locks.c.objsubid == 1, locks.c.granted, locks.c.database == here
     )
-    alive = select(func.count()).where(Worker.ended_at.is_(None), Worker.channel == channel, Worker.id.in_(held))
+    silent = func.extract("epoch", func.clock_timestamp() - Worker.beat_at)
+    beats = and_(Worker.backend_pid.is_(None), silent < BEAT_ABSENT_SECONDS)
+    alive = select(func.count()).where(
+        Worker.ended_at.is_(None), Worker.channel == channel, or_(Worker.id.in_(held), beats)
+    )
     if group is not None:
         alive = alive.where(group == func.any(Worker.groups))
     return alive.scalar_subquery()

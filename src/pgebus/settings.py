@@ -189,7 +189,8 @@ class DatabaseSettings(_Section):
     connect_args: Annotated[dict[str, Any], AfterValidator(_check_connect_args)] = Field(default={}, repr=False)
     """More arguments for `asyncpg.connect`, for example `{"ssl": context, "server_settings": {…}}`."""
     listen_url: SecretURL | None = None
-    """A URL that reaches PostgreSQL directly, for LISTEN, when the pool goes through PgBouncer."""
+    """A URL that reaches PostgreSQL directly, for LISTEN, when the pool goes through PgBouncer. A worker whose
+    `liveness` is `beat` does not use it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -250,6 +251,10 @@ class EventSystemSettings(_Section):
     """Seconds after which a worker that was not woken looks by itself."""
     notify: Literal["auto", "always", "off"] = "auto"
     """When a publisher wakes this worker: `auto`, while it sleeps; `always`; or `off`, never, so that it only polls."""
+    liveness: Literal["lock", "beat"] = "lock"
+    """How others see that this worker lives: by a session-level advisory `lock`, gone milliseconds after its process;
+    or by a `beat`, written each second and absent after 15: for a worker that reaches PostgreSQL only through a
+    transaction pooler. Such a worker cannot LISTEN either: it only polls."""
     shutdown_timeout_seconds: Seconds = Field(default=30.0, ge=0, le=_DAY)
     """Seconds that the end of `async with` waits for what runs before it cancels; `stop()` has its own argument."""
     retention_seconds: Annotated[Seconds | None, BeforeValidator(_none_as_text)] = Field(
@@ -267,6 +272,12 @@ class EventSystemSettings(_Section):
         if value is not None and not value:
             raise ValueError("names no group; leave it out to serve all of them")
         return None if value is None else tuple(dict.fromkeys(check_group_name(name) for name in value))
+
+    @model_validator(mode="after")
+    def _who_beats_only_polls(self) -> EventSystemSettings:
+        if self.liveness == "beat" and self.notify == "always":
+            raise ValueError("liveness='beat' means that this worker only polls; notify='always' would wake nobody")
+        return self
 
     @model_validator(mode="after")
     def _backoff_grows(self) -> EventSystemSettings:

@@ -19,8 +19,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from pgebus._guard import guard_engine
 from pgebus._runtime.acknowledging import Acknowledger
+from pgebus._runtime.beating import BEAT_ANSWER_SECONDS, Beater
 from pgebus._runtime.claiming import ATTEMPTS_TO_SPARE, MAX_AHEAD, Claimer
-from pgebus._runtime.connecting import open_engines
+from pgebus._runtime.connecting import beats, open_engines, pooled
 from pgebus._runtime.dispatching import Dispatcher
 from pgebus._runtime.fitness import complaints, require_visible
 from pgebus._runtime.leases import Holdings
@@ -28,7 +29,7 @@ from pgebus._runtime.listening import Listener
 from pgebus._runtime.maintenance import Maintenance
 from pgebus._runtime.presence import Presence
 from pgebus._runtime.pulse import Pulse, report
-from pgebus._runtime.requirements import require_schema
+from pgebus._runtime.requirements import require_defaults, require_schema
 from pgebus._runtime.scheduling import Scheduler
 from pgebus._runtime.statements import Statements
 from pgebus._runtime.store import Line, Store
@@ -55,8 +56,8 @@ class EventSystem:
     """One worker: claims the events of a channel and runs their handlers.
 
     It has one life: start it, stop it, make another one. It owns its connections: `n_workers` for handlers, three for
-    its own statements, four with schedules, and one that listens. Belongs to one event loop. Any number of processes
-    may share the tables.
+    its own statements, four with schedules, and one that listens or beats. Belongs to one event loop. Any number of
+    processes may share the tables.
 
     Args:
         router: The handlers; routes that are added later are found as well.
@@ -99,7 +100,8 @@ class EventSystem:
         self._presence = Presence(self._departed)
         self._claimer: Claimer | None = None
         self._lines: dict[str, Line] = {}
-        self._loops = {name: Pulse(name) for name in ("listen", "claim", "acknowledge", "maintain", "schedule")}
+        shown = "beat" if beats(settings) else "listen"
+        self._loops = {name: Pulse(name) for name in (shown, "claim", "acknowledge", "maintain", "schedule")}
 
     @property
     def router(self) -> EventRouter:
@@ -112,6 +114,7 @@ class EventSystem:
         Raises:
             SchemaMismatchError: If the tables are missing, or those of another release; none are ever made here.
             SessionlessConnectionError: If the LISTEN connection goes through a transaction pooler.
+            ConfigurationError: If the role's defaults do not fit, behind a transaction pooler.
             StateError: If it was started before.
             OSError, sqlalchemy.exc.DBAPIError: If the database cannot be reached now. Later losses are repaired.
         """
@@ -185,10 +188,11 @@ class EventSystem:
                 lines = Line(control), Line(control), Line(control)
                 # The third one is the maintenance's, whose long statements keep nobody from claiming.
                 self._lines = {"claim": lines[0], "acknowledge": lines[1]}
+                pulse = Line(control, within=BEAT_ANSWER_SECONDS)  # connects only where it is used
                 try:
-                    await self._run(*lines, control, handlers, listen)
+                    await self._run(*lines, pulse if beats(self._settings) else listen, control, handlers)
                 finally:
-                    for line in lines:
+                    for line in (*lines, pulse):
                         await line.close()
         finally:
             self._state = SystemState.STOPPED
@@ -218,19 +222,47 @@ class EventSystem:
     ) -> None:
         await self.stop(timeout=self._settings.event_system.shutdown_timeout_seconds)
 
+    def _shown_alive(self, by: Line | AsyncEngine, other: Line, statements: Statements) -> Listener | Beater:
+        """Return the loop by which others see that this worker lives."""
+        options = self._settings.event_system
+        if isinstance(by, Line):
+            return Beater(
+                by,
+                statements,
+                channel=options.channel,
+                groups=self._served,
+                presence=self._presence,
+                wakeup=self._wakeup,
+                health=self._loops["beat"],
+                version=__version__,
+            )
+        return Listener(
+            by,
+            other,
+            statements,
+            channel=options.channel,
+            groups=self._served,
+            presence=self._presence,
+            wakeup=self._wakeup,
+            health=self._loops["listen"],
+            version=__version__,
+        )
+
     async def _run(
         self,
         claims: Line,
         writes: Line,
         rounds: Line,
+        shown_by: Line | AsyncEngine,
         control: AsyncEngine,
         handlers: AsyncEngine,
-        listen: AsyncEngine,
     ) -> None:
         options = self._settings.event_system
         statements = Statements(self._settings.database.schema_name)
         await require_schema(rounds, statements)
         await require_visible(rounds, statements)
+        if pooled(self._settings):
+            await require_defaults(rounds, statements)
 
         acknowledger = Acknowledger(
             Store(writes, statements, options.channel),
@@ -269,19 +301,8 @@ class EventSystem:
             slots=options.n_workers,
             ahead=MAX_AHEAD if options.max_attempts >= ATTEMPTS_TO_SPARE else 0,
             poll_interval=options.poll_interval_seconds,
-            notify=options.notify,
+            notify="off" if beats(self._settings) else options.notify,
             health=self._loops["claim"],
-        )
-        listener = Listener(
-            listen,
-            rounds,
-            statements,
-            channel=options.channel,
-            groups=self._served,
-            presence=self._presence,
-            wakeup=self._wakeup,
-            health=self._loops["listen"],
-            version=__version__,
         )
         maintenance = Maintenance(
             Store(rounds, statements, options.channel),
@@ -304,8 +325,9 @@ class EventSystem:
         # Before anything is claimed: from now on the trigger knows who wants what.
         await maintenance.subscribe()
 
+        shown = "beat" if beats(self._settings) else "listen"
         bodies: dict[str, tuple[Callable[[], Awaitable[NoReturn]], float]] = {
-            "listen": (listener.run, 1.0),
+            shown: (self._shown_alive(shown_by, rounds, statements).run, 1.0),
             "acknowledge": (acknowledger.run, 5.0),
             "claim": (claimer.run, 5.0),
             "maintain": (maintenance.run, 5.0),

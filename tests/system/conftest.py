@@ -29,7 +29,7 @@ async def spawn(database: DatabaseSettings, sql: Sql) -> AsyncIterator[Spawn]:
     url = database.sqlalchemy_url().render_as_string(hide_password=False)
 
     def start(target: Callable[[Pipe, Orders], None], **orders: Any) -> Child:
-        child = Child(target, Orders(url, **orders))
+        child = Child(target, Orders(**{"url": url, **orders}))
         children.append(child)
         return child
 

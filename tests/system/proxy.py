@@ -66,6 +66,10 @@ class Proxy:
         for link in tuple(self._links):
             link.reset()
 
+    def lead_to(self, upstream: URL) -> None:
+        """Lead new connections to another server; those that are there stay where they lead."""
+        self._upstream = upstream
+
     def freeze(self) -> None:
         """Turn every connection into a black hole for ever; neither side learns when the other one goes.
 

@@ -117,7 +117,7 @@ class Publisher:
                 ledger = self.unknown
                 await session.commit()
                 ledger = self.ok
-        except (DBAPIError, asyncpg.PostgresError, OSError):
+        except (DBAPIError, asyncpg.PostgresError, asyncpg.InternalClientError, OSError):
             # A refused or lost connection before COMMIT was sent is a failure, after it nobody knows.
             pass
         ledger.add(number)

@@ -147,12 +147,14 @@ class Orders:
     Attributes:
         url: The database.
         event_system: Settings of the worker.
+        through: By which address it reaches the database itself, where that is another than the one for its notes.
         die_at: The point at which it kills itself.
         returns_late: Whether it takes its lock again only after its handlers' outcome is known.
     """
 
     url: str
     event_system: dict[str, Any] = field(default_factory=dict)
+    through: str | None = None
     die_at: str | None = None
     returns_late: bool = False
 
@@ -167,8 +169,9 @@ def work(parent: Pipe, orders: Orders) -> None:
 
 
 async def _work(parent: Pipe, orders: Orders) -> None:
-    settings = Settings(database=DatabaseSettings.model_validate({"url": orders.url}), event_system=orders.event_system)
-    async with taking_notes(settings.database) as notes:
+    database = DatabaseSettings.model_validate({"url": orders.through or orders.url})
+    settings = Settings(database=database, event_system=orders.event_system)
+    async with taking_notes(DatabaseSettings.model_validate({"url": orders.url})) as notes:
         stage = Stage(notes, reached=orders.reached, say=lambda word, event_id: parent.send((word, event_id)))
         asyncio.get_running_loop().add_reader(parent.fileno(), _listen, parent, stage.gate)
         with _hooks(stage, returns_late=orders.returns_late):

@@ -523,3 +523,9 @@ def test_connect_args_are_not_in_the_repr() -> None:
 def test_settings_survive_pickle() -> None:
     settings = Settings(database={"password": CANARY, "schema": "x"})
     assert pickle.loads(pickle.dumps(settings)) == settings  # noqa: S301 - our own bytes
+
+
+def test_who_beats_cannot_be_woken() -> None:
+    assert EventSystemSettings(liveness="beat").notify == "auto"
+    with pytest.raises(ValidationError, match="only polls"):
+        EventSystemSettings(liveness="beat", notify="always")

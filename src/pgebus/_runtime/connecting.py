@@ -13,9 +13,20 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import NullPool
 
+from pgebus._runtime.requirements import CLAIM_DEFAULTS
 from pgebus._runtime.store import ANSWER_SECONDS
 from pgebus.database import dispose, make_engine
 from pgebus.settings import Settings
+
+
+def beats(settings: Settings) -> bool:
+    """Return whether the worker shows that it lives by a beat, and listens to nothing."""
+    return settings.event_system.liveness == "beat"
+
+
+def pooled(settings: Settings) -> bool:
+    """Return whether the worker's connections are taken to go through a transaction pooler."""
+    return beats(settings) or settings.database.listen_url is not None
 
 
 @asynccontextmanager
@@ -26,10 +37,14 @@ async def open_engines(settings: Settings) -> AsyncIterator[tuple[AsyncEngine, A
     """
     database = settings.database
     autocommit: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
-    control = make_engine(database, pool_size=4, max_overflow=0, **autocommit)
-    event.listen(control.sync_engine, "connect", _claim_as_designed)
-    if database.listen_url is None:
+    if beats(settings):
+        # What is prepared on one server connection would be executed on another, which does not know it.
+        unprepared = {"statement_cache_size": 0, "prepared_statement_cache_size": 0, **database.connect_args}
+        database = database.model_copy(update={"connect_args": unprepared})
+    control = make_engine(database, pool_size=5 if beats(settings) else 4, max_overflow=0, **autocommit)
+    if not pooled(settings):
         # Nobody else uses these sessions: through a pooler, a SET would reach strangers.
+        event.listen(control.sync_engine, "connect", _claim_as_designed)
         event.listen(control.sync_engine, "connect", _give_up_in_time)
     handlers = make_engine(database, pool_size=settings.event_system.n_workers, max_overflow=0)
     listen = make_engine(database, url=database.listen_sqlalchemy_url(), poolclass=NullPool, **autocommit)
@@ -43,14 +58,10 @@ async def open_engines(settings: Settings) -> AsyncIterator[tuple[AsyncEngine, A
 def _claim_as_designed(dbapi_connection: Any, _record: object) -> None:
     """Undo defaults of the role or the database under which a claim would not be what it has to be.
 
-    At another isolation level a claim would fail on rows that others take at the same time. With an asynchronous
-    commit it could be undone by a crash after a handler has started, and handed out again under the same fence. And
-    these connections wait for work: they are not to be ended for it.
+    And these connections wait for work: they are not to be ended for it.
     """
     for setting, accepted, right in (
-        ("default_transaction_isolation", ("read committed", "read uncommitted"), "read committed"),
-        ("synchronous_commit", ("on", "local", "remote_write", "remote_apply"), "on"),
-        ("default_transaction_read_only", ("off",), "off"),
+        *CLAIM_DEFAULTS,
         ("idle_session_timeout", ("0", None), "0"),  # None: before PostgreSQL 14 there is none
     ):
 

@@ -45,7 +45,8 @@ _KEEPALIVE: Final = (
 _NOT_OURS: Final = (
     "The connection for LISTEN keeps no session, or leads to another database than the pool: a notification did not "
     "arrive, or the worker's lock or the tables were not there. A transaction pooler such as PgBouncer does that. Set "
-    "`database.listen_url` to a direct connection to the same database."
+    "`database.listen_url` to a direct connection to the same database; where there is none, set "
+    "`event_system.liveness` to 'beat': such a worker needs no session, and only polls."
 )
 
 
@@ -137,7 +138,7 @@ class Listener:
         self._wakeup.notified(str(payload))
 
     async def _beat(self, raw: asyncpg.Connection[asyncpg.Record]) -> None:
-        answer = asyncio.ensure_future(raw.fetchval(self._sql.beat, self._channel))
+        answer = asyncio.ensure_future(raw.fetchval(self._sql.listens, self._channel))
         # Not a timeout() around it, and in slices: a handler that blocks the loop uses up one slice, however long it
         # takes, and in the others the answer can still arrive.
         try:

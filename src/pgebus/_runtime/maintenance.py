@@ -41,7 +41,8 @@ SWEEP_PAUSE: Final = 20
 class Coroner:
     """Decides which workers are dead: pure, the time is given.
 
-    A worker is dead when its lock has been seen absent for the whole grace, on a connection that was up all the time.
+    A worker is dead when its lock, or its beat, has been seen absent for the whole grace, on a connection that was up
+    all the time. A beat is absent when it is some seconds old; the grace comes on top of that.
     Right after a server start the grace is longer, except for a worker whose lock was seen held since; and for one that
     owns nothing there is no hurry. That one is ended all the same: its idle flag would make every publisher notify.
 
@@ -65,8 +66,8 @@ class Coroner:
         """Return the ids of workers that are dead.
 
         Args:
-            owners: (worker id, whether its lock is held, whether it owns running deliveries, whether the server has
-                just started).
+            owners: (worker id, whether its lock is held or its beat is there, whether it owns running deliveries,
+                whether the server has just started).
             now: Monotonic seconds.
         """
         dead = []

@@ -1,7 +1,7 @@
 """Who this worker is, and whether PostgreSQL can see that it is alive.
 
-Present means: the row in `workers` is there, and its advisory lock is held by the listener's connection. Without that
-nothing may be claimed, because others are free to take it back.
+Present means: the row in `workers` is there, and its advisory lock is held by the listener's connection, or its beat
+was written. Without that nothing may be claimed, because others are free to take it back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Presence:
 
     @property
     def here(self) -> bool:
-        """Whether the lock is held, as far as this process knows."""
+        """Whether others can see that this worker lives, as far as this process knows."""
         return self._here.is_set()
 
     async def wait(self) -> int:
@@ -41,11 +41,11 @@ class Presence:
         return self.worker_id
 
     def arrive(self) -> None:
-        """The lock is held."""
+        """The lock is held, or the beat was written."""
         self._here.set()
 
     def leave(self) -> None:
-        """The connection that held the lock is gone."""
+        """The connection that held the lock is gone, or a beat has failed."""
         self._here.clear()
 
     def depart(self) -> None:

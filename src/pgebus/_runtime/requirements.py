@@ -13,7 +13,7 @@ from pgebus._runtime.store import Line
 from pgebus.errors import ConfigurationError, SchemaMismatchError
 from pgebus.inheritance import family
 from pgebus.models import SCHEMA_VERSION
-from pgebus.names import quote_identifier
+from pgebus.names import quote_identifier, quote_literal
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,34 @@ logger = logging.getLogger(__name__)
 # before may be started again: by a crash, by more load. So each revision keeps that release running; one that can't
 # raises the version by two.
 MIGRATED_AHEAD: Final = 1
+
+
+# At another isolation level a claim would fail on rows that others take at the same time. With an asynchronous commit
+# it could be undone by a crash after a handler has started, and handed out again under the same fence.
+CLAIM_DEFAULTS: Final = (
+    ("default_transaction_isolation", ("read committed", "read uncommitted"), "read committed"),
+    ("synchronous_commit", ("on", "local", "remote_write", "remote_apply"), "on"),
+    ("default_transaction_read_only", ("off",), "off"),
+)
+
+
+async def require_defaults(line: Line, statements: Statements) -> None:
+    """Refuse defaults of the role or the database under which a claim would not be what it has to be.
+
+    Only for a worker behind a transaction pooler: any other sets them for its own sessions.
+
+    Raises:
+        ConfigurationError: If there are any; the message holds the command to run.
+    """
+    rows = await line.fetch(statements.defaults, [name for name, _, _ in CLAIM_DEFAULTS])
+    found = {row["name"]: row["value"] for row in rows}
+    for name, accepted, right in CLAIM_DEFAULTS:
+        if found[name] not in accepted:
+            raise ConfigurationError(
+                f"{name} is {found[name]!r} by default, under which a claim would not be what it has to be. A worker "
+                "behind a transaction pooler cannot set it for itself: a SET would reach strangers. Run 'ALTER ROLE "
+                f"… SET {name} = {quote_literal(right)}', and reconnect the pooler."
+            )
 
 
 async def _require_columns(line: Line, statements: Statements) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from pgebus.models import BEAT_ABSENT_SECONDS
 from pgebus.names import quote_identifier, quote_literal
 
 # How many errors a delivery keeps, newest last.
@@ -365,27 +366,37 @@ WITH RECURSIVE k AS (
 SELECT (SELECT count(*) FROM done) AS promoted, (SELECT count(*) FROM told) AS told, l.channel, l.consumer_group, l.key
 FROM (SELECT 1) one LEFT JOIN k AS l ON l.n = $4"""
 
-        # Workers that own running deliveries or have not ended, and whether their advisory lock is held. `fresh` says
-        # that the server has just started: all locks vanished at once while the workers lived.
+        # Whether a worker, `k`, shows that it lives by a beat: it holds no lock, and so its row has no backend.
+        beating = f"""(k.ended_at IS NULL AND k.backend_pid IS NULL
+    AND k.beat_at > clock_timestamp() - interval '{BEAT_ABSENT_SECONDS} seconds')"""
+
+        # Workers that own running deliveries or have not ended, and whether their advisory lock is held or their beat
+        # is there. `fresh` says that the server has just started: all locks vanished at once while the workers lived.
         self.owners: Final = f"""
 SELECT w.worker_id,
   EXISTS (SELECT FROM pg_catalog.pg_locks l
     WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
       AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
-      AND l.classid = (w.worker_id >> 32)::oid AND l.objid = (w.worker_id & 4294967295)::oid) AS alive,
+      AND l.classid = (w.worker_id >> 32)::oid AND l.objid = (w.worker_id & 4294967295)::oid)
+    OR EXISTS (SELECT FROM {s}.workers k WHERE k.id = w.worker_id AND {beating}) AS alive,
   EXISTS (SELECT FROM {s}.deliveries d WHERE d.worker_id = w.worker_id AND d.status = 'running') AS owns,
   clock_timestamp() - pg_postmaster_start_time() < interval '60 seconds' AS fresh
 FROM (SELECT worker_id FROM {s}.deliveries WHERE status = 'running'
       UNION SELECT id FROM {s}.workers WHERE ended_at IS NULL) w"""
 
         # Take the leases of dead workers back: $1 worker ids. Whoever gets their lock recovers them, so nobody does
-        # it twice, and none of them can come back meanwhile. The attempt stays counted.
+        # it twice, and none of them can come back meanwhile. One that beats has no lock that it could be kept from:
+        # there the row decides, whose condition is looked at again where a beat has come first. The attempt stays
+        # counted.
         self.recover: Final = f"""
-WITH gone AS MATERIALIZED (
+WITH absent AS MATERIALIZED (
   SELECT w FROM unnest($1::bigint[]) w WHERE pg_try_advisory_xact_lock(w)
 ), ended AS (
   UPDATE {s}.workers k SET ended_at = coalesce(k.ended_at, clock_timestamp()), idle = false
-  FROM gone WHERE k.id = gone.w
+  FROM absent WHERE k.id = absent.w AND NOT coalesce({beating}, false) RETURNING k.id
+), gone AS MATERIALIZED (
+  SELECT id AS w FROM ended
+  UNION ALL SELECT w FROM absent WHERE NOT EXISTS (SELECT FROM {s}.workers k WHERE k.id = absent.w)
 ), leases AS MATERIALIZED (
   SELECT d.ctid AS place FROM {s}.deliveries d JOIN gone ON d.worker_id = gone.w
   WHERE d.status = 'running' ORDER BY d.event_id, d.consumer_group LIMIT 1000 FOR UPDATE OF d SKIP LOCKED
@@ -404,13 +415,20 @@ VALUES ($1::bigint, $2::text, $3::text[], pg_backend_pid(), $4::text, $5::intege
         # After the lock, in a statement of its own: only a fresh snapshot sees who ended us while we were away.
         self.return_to_duty: Final = f"""
 UPDATE {s}.workers SET backend_pid = pg_backend_pid() WHERE id = $1::bigint AND ended_at IS NULL RETURNING id"""
+        # The same for a worker that beats: without a backend, and with a beat.
+        self.register_beating: Final = f"""
+INSERT INTO {s}.workers (id, channel, groups, beat_at, host, pid, version)
+VALUES ($1::bigint, $2::text, $3::text[], clock_timestamp(), $4::text, $5::integer, $6::text)"""
+        # No row: others have ended it.
+        self.beat: Final = f"""
+UPDATE {s}.workers SET beat_at = clock_timestamp() WHERE id = $1::bigint AND ended_at IS NULL RETURNING id"""
         # Our own half-open connection may still hold our lock; its start time tells it from a stranger's new backend.
         self.end_ghost: Final = """
 SELECT pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a
 WHERE a.pid = $1::integer AND a.backend_start = $2::timestamptz"""
         self.backend: Final = """
 SELECT pid, backend_start FROM pg_catalog.pg_stat_activity WHERE pid = pg_backend_pid()"""
-        self.beat: Final = "SELECT $1::text IN (SELECT pg_listening_channels())"
+        self.listens: Final = "SELECT $1::text IN (SELECT pg_listening_channels())"
         self.holds_lock: Final = """
 SELECT EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
     AND l.classid = ($1::bigint >> 32)::oid AND l.objid = ($1::bigint & 4294967295)::oid AND l.pid = $2::integer)"""
@@ -599,6 +617,9 @@ SELECT pg_is_in_recovery() AS standby, array(
   WHERE has_table_privilege(c.oid, v.verb) IS NOT TRUE
   UNION ALL SELECT 'USAGE on the schema'
   FROM pg_catalog.pg_namespace n WHERE n.nspname = $1 AND NOT has_schema_privilege(n.oid, 'USAGE')) AS missing"""
+        # Defaults under which a statement would not be what it has to be: $1 their names.
+        self.defaults: Final = """
+SELECT u.name, current_setting(u.name, true) AS value FROM unnest($1::text[]) u(name)"""
         self.has_version: Final = """
 SELECT EXISTS (SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
   WHERE n.nspname = $1::text AND p.proname = 'schema_version' AND p.pronargs = 0)"""

@@ -27,6 +27,8 @@ from pgebus.groups import Group
 
 # Far above what any of our statements takes, far below what a person would wait for.
 ANSWER_SECONDS: Final = 15.0
+# For telling the server, over another connection, that nobody waits for the answer any more.
+CANCEL_SECONDS: Final = 1.0
 _T = TypeVar("_T")
 FROM_THE_BEGINNING: Final[Mapping[Lane, Place]] = MappingProxyType({})
 # How often a claim that lost a race for a key is simply repeated.
@@ -60,7 +62,7 @@ class Line:
                     return await raw.fetch(sql, *args)
             except BaseException as error:
                 if not isinstance(error, asyncpg.PostgresError) or is_disconnect(error):
-                    await self._drop()
+                    await self._drop(error)
                 raise
             finally:
                 self.waiting_since = None
@@ -77,7 +79,7 @@ class Line:
                         yield raw.fetch
             except BaseException as error:
                 if not isinstance(error, asyncpg.PostgresError) or is_disconnect(error):
-                    await self._drop()
+                    await self._drop(error)
                 raise
             finally:
                 self.waiting_since = None
@@ -99,14 +101,27 @@ class Line:
         self._raw = raw = await driver_of(self._connection)
         return raw
 
-    async def _drop(self) -> None:
+    async def _drop(self, error: BaseException) -> None:
         connection, raw = self._connection, self._raw
         self._connection = self._raw = None
         if raw is not None:
-            raw.terminate()  # at once: a polite close waits for the server that has just not answered
+            await give_up(raw, error)
         if connection is not None:
             with contextlib.suppress(*DATABASE_ERRORS):  # it is being thrown away
                 await asyncio.shield(_discard(connection))
+
+
+async def give_up(raw: asyncpg.Connection[asyncpg.Record], error: BaseException) -> None:
+    """Break a connection on which *error* was raised, so that nobody meets there what was not waited for.
+
+    The driver asks the server to cancel a statement that was not answered in time, and is given a moment for it: a
+    commit that waits for a standby does not notice that its client has gone, and each attempt would leave a backend
+    behind. Cancelled, it is committed without the standby.
+    """
+    if isinstance(error, TimeoutError):
+        with contextlib.suppress(*DATABASE_ERRORS):
+            await raw.close(timeout=CANCEL_SECONDS)
+    raw.terminate()  # at once: a polite close waits for the server that has just not answered
 
 
 async def driver_of(connection: AsyncConnection) -> asyncpg.Connection[asyncpg.Record]:

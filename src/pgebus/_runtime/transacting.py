@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from random import Random
 from typing import Final
@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from pgebus._runtime.leases import Lease
 from pgebus._runtime.statements import Statements
-from pgebus._runtime.store import driver_of
+from pgebus._runtime.store import driver_of, give_up
 from pgebus._runtime.supervision import DATABASE_ERRORS
 
 # A half-open connection gives no error. The commit may have to wait: for deferred constraints, or for a standby.
@@ -105,12 +105,22 @@ class Transactions:
                 async with asyncio.timeout(BEGIN_SECONDS):
                     transaction = await self._take()
                     stack.push_async_callback(self._put_back, transaction)
-                    with answered(transaction.raw):
-                        await transaction.raw.execute(self._sql.CLEAN + begin)
+                    async with answered(transaction.raw):
+                        await self._send_begin(transaction, begin)
             except DATABASE_ERRORS as error:
                 raise NotBegunError(error) from error
             transaction.begin, transaction.marker, transaction.ahead = begin, marker, False
             yield transaction
+
+    async def _send_begin(self, transaction: Transaction, begin: str) -> None:
+        try:
+            await transaction.raw.execute(self._sql.CLEAN + begin)
+        except DATABASE_ERRORS:
+            # Where not even this works, nothing ever will: a standby refuses a transaction that is to write. Kept, the
+            # connection would lead there as long as the standby runs.
+            transaction.spoilt = True
+            transaction.raw.terminate()
+            raise
 
     async def complete(self, lease: Lease, transaction: Transaction, following: Lease | None) -> None:
         """Complete *lease* and commit, in one message.
@@ -125,7 +135,7 @@ class Transactions:
         if following is not None and not transaction.spoilt:
             begin, marker = self._begin(following)
             message = f"{message}; {self._sql.CLEAN}{begin}"
-        with answered(transaction.raw):
+        async with answered(transaction.raw):
             tag = await transaction.raw.execute(message, timeout=COMMIT_SECONDS)
         if begin:
             transaction.begin, transaction.marker, transaction.begun_for = begin, marker, following
@@ -207,13 +217,13 @@ async def _close(transaction: Transaction) -> None:
             await transaction.connection.close()
 
 
-@contextlib.contextmanager
-def answered(raw: asyncpg.Connection[asyncpg.Record]) -> Iterator[None]:
+@contextlib.asynccontextmanager
+async def answered(raw: asyncpg.Connection[asyncpg.Record]) -> AsyncIterator[None]:
     """Break a connection that was not waited for to the end: nobody knows what the next statement would meet there."""
     try:
         yield
-    except (TimeoutError, asyncio.CancelledError):
-        raw.terminate()
+    except (TimeoutError, asyncio.CancelledError) as error:
+        await give_up(raw, error)
         raise
 
 
