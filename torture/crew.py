@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -114,7 +115,7 @@ class Crew:
         self.publishers = [Child(publish, errand) for errand in errands]
         self.slow_stops = 0
         self.stop_seconds: list[float] = []
-        self.unexpected: dict[int, int] = {}
+        self.unexpected: Counter[int] = Counter()
         self._tally = tally
         self._hiring = True
         self._finished: set[int] = set()
@@ -149,7 +150,7 @@ class Crew:
                 continue
             self._tally.settle(slot)
             if not expected:
-                self.unexpected[code] = self.unexpected.get(code, 0) + 1
+                self.unexpected[code] += 1
             child.begin()
         for number, child in enumerate(self.publishers):
             code = child.bury()

@@ -7,6 +7,7 @@ import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from time import monotonic, time
 from typing import Final, NamedTuple, TypeVar
 
@@ -34,6 +35,8 @@ _AIMS: Final = {
         " AND (query LIKE '%effects%' OR query LIKE '%balances%' OR query LIKE '%pg_sleep%')"
     ),
 }
+_TARGETS: Final = """
+SELECT pid, application_name FROM pg_stat_activity WHERE datname = current_database() AND ({}) ORDER BY pid"""
 _HELD: Final = """
 SELECT event_id, consumer_group, claim_seq FROM pgebus.deliveries
 WHERE status = 'running' AND worker_id IN (SELECT id FROM pgebus.workers WHERE pid = $1)"""
@@ -67,14 +70,18 @@ class Nemesis:
     Attributes:
         marks: What has hit, by the names of `plan.MARKS`.
         held: What killed workers held.
+        begun: Faults that were tried, by kind.
         skipped: Faults that found no target.
         log: One line for each fault.
+        enough: Set when nothing is published any more.
     """
 
     def __init__(self, server: Server, crew: Crew, proxies: Sequence[Proxy], tally: Tally) -> None:
         self.marks: Counter[str] = Counter()
         self.held: list[Held] = []
+        self.begun: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
+        self.enough = asyncio.Event()
         self.log: list[str] = []
         self.restart_seconds: list[float] = []
         self._server = server
@@ -88,11 +95,17 @@ class Nemesis:
         # A server that has crashed may not come up while its disk is full, and no frozen one can be stopped.
         self._one_at_a_time = asyncio.Lock()
 
-    async def run(self, faults: Sequence[Fault]) -> None:
-        """Let *faults* happen at their times; return when the last one has begun."""
+    async def run(self, faults: Sequence[Fault], events: int) -> None:
+        """Let *faults* happen, each when its share of *events* has been published; return when all have begun.
+
+        Ends early when nothing is published any more.
+        """
         self._began = monotonic()
         for fault in faults:
-            await asyncio.sleep(max(0.0, fault.at - (monotonic() - self._began)))
+            await self._until(partial(self._reached, fault.at * events))
+            if self.enough.is_set():
+                return
+            self.begun[fault.kind] += 1
             await self._happen(fault)
 
     async def heal(self) -> None:
@@ -135,7 +148,7 @@ class Nemesis:
         self._say(fault, said or "no target")
 
     def _say(self, fault: Fault, what: str) -> None:
-        self.log.append(f"{monotonic() - self._began:8.2f} (planned {fault.at:8.2f}) {fault.kind}: {what}")
+        self.log.append(f"{monotonic() - self._began:8.2f} s, {fault.at:6.1%}: {fault.kind}: {what}")
 
     def _lasting(self, coroutine: Callable[[], Awaitable[None]]) -> None:
         async def run() -> None:
@@ -144,18 +157,30 @@ class Nemesis:
         task = asyncio.get_running_loop().create_task(run(), name="lasting fault")
         self._long.add(task)
 
+    async def _until(self, holds: Callable[[], object], within: float = float("inf")) -> None:
+        """Wait until something holds, or for so many seconds."""
+        until = monotonic() + within
+        while not holds() and monotonic() < until:
+            await asyncio.sleep(0.001 if within < float("inf") else 0.01)
+
+    def _reached(self, events: float) -> bool:
+        return self.enough.is_set() or self._tally.total("published") >= events
+
+    def _ready(self) -> list[Child]:
+        return [child for child in self._victims(self._crew.workers) if child.ready]
+
     def _victims(self, children: Sequence[Child]) -> list[Child]:
         return [child for child in children if child.alive and not (child.frozen or child.expected)]
 
     async def _kill(self, roll: float) -> str | None:
-        ready = [child for child in self._victims(self._crew.workers) if child.ready]
-        if not ready:
+        await self._until(self._ready, within=2.0)
+        if not (ready := self._ready()):
             return None
         child = _choose(ready, roll)
         slot, pid = self._crew.workers.index(child), child.pid
         if roll * 1000 % 1 < AIMED:
-            await self._until_inside(slot)
-            if not child.alive or child.frozen or child.expected:
+            await self._until(lambda: self._tally.inside(slot), within=0.5)
+            if child not in self._ready():
                 return None
         child.kill()
         at, inside = time(), self._tally.inside(slot)
@@ -164,12 +189,6 @@ class Nemesis:
         rows = await self._ask(lambda sql: sql.fetch(_HELD, pid)) or []
         self.held += [Held(at, *row) for row in rows]
         return f"worker {slot}, {inside} handlers inside, {len(rows)} deliveries held"
-
-    async def _until_inside(self, slot: int) -> None:
-        """Wait for a handler to be under way, not for long: a worker may have nothing to do."""
-        until = monotonic() + 0.5
-        while monotonic() < until and not self._tally.inside(slot):
-            await asyncio.sleep(0.001)
 
     async def _kill_publisher(self, roll: float) -> str | None:
         running = self._victims(self._crew.publishers)
@@ -181,8 +200,7 @@ class Nemesis:
         return f"publisher {self._crew.publishers.index(child) + 1}"
 
     async def _term(self, roll: float) -> str | None:
-        ready = [child for child in self._victims(self._crew.workers) if child.ready]
-        if not ready:
+        if not (ready := self._ready()):
             return None
         child = _choose(ready, roll)
 
@@ -193,13 +211,16 @@ class Nemesis:
         return f"worker {self._crew.workers.index(child)}"
 
     async def _zombie(self, roll: float) -> str | None:
-        ready = [child for child in self._victims(self._crew.workers) if child.ready]
-        if len(ready) < 2:  # somebody has to be there who takes over
+        await self._until(lambda: len(self._ready()) > 1, within=2.0)
+        if len(ready := self._ready()) < 2:  # somebody has to be there who takes over
             return None
         child = _choose(ready, roll)
+        slot, pid = self._crew.workers.index(child), child.pid
+        await self._until(lambda: self._tally.inside(slot), within=0.5)
+        if child not in self._ready():
+            return None
         child.frozen = True
         child.signal(signal.SIGSTOP)
-        slot, pid = self._crew.workers.index(child), child.pid
         inside = self._tally.inside(slot)
 
         async def thaw() -> None:
@@ -214,14 +235,11 @@ class Nemesis:
         return f"worker {slot}, {inside} handlers inside"
 
     async def _terminate(self, aim: str, roll: float) -> str | None:
-        rows = await self._ask(
-            lambda sql: sql.fetch(
-                f"SELECT pid, application_name FROM pg_stat_activity WHERE datname = current_database() AND ({aim})"
-                " ORDER BY pid"
-            )
-        )
-        if not rows:
-            return None
+        until = monotonic() + 0.5
+        while not (rows := await self._ask(lambda sql: sql.fetch(_TARGETS.format(aim)))):
+            if monotonic() > until:
+                return None
+            await asyncio.sleep(0.01)
         pid, name = _choose(rows, roll)
         ended = await self._ask(lambda sql: sql.fetchval("SELECT pg_terminate_backend($1)", pid))
         self.marks["backends"] += bool(ended)

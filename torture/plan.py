@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 # For how many events the numbers below are.
 SCALE: Final = 100_000
-# Before and after that part of the time, nothing is broken.
+# Before and after that part of the events, nothing is broken.
 QUIET: Final = 0.04
 
 
@@ -28,17 +28,17 @@ class Kind(NamedTuple):
 
 
 KINDS: Final = {
-    "kill": Kind("kill -9 of a worker", 220),
+    "kill": Kind("kill -9 of a worker", 240),
     "kill-publisher": Kind("kill -9 of a publisher", 20),
     "term": Kind("SIGTERM of a worker, which stops gracefully and is replaced", 15),
-    "zombie": Kind("SIGSTOP of a worker, its proof of life ended; SIGCONT when others have its deliveries", 15),
-    "backend": Kind("pg_terminate_backend: whichever backend", 220),
-    "backend-listen": Kind("pg_terminate_backend: a worker's LISTEN connection", 60),
-    "backend-claim": Kind("pg_terminate_backend: a backend that claims", 100),
-    "backend-handler": Kind("pg_terminate_backend: a backend in a handler's transaction", 160),
+    "zombie": Kind("SIGSTOP of a worker, its proof of life ended; SIGCONT when others have its deliveries", 24),
+    "backend": Kind("pg_terminate_backend: whichever backend", 250),
+    "backend-listen": Kind("pg_terminate_backend: a worker's LISTEN connection", 80),
+    "backend-claim": Kind("pg_terminate_backend: a backend that claims", 120),
+    "backend-handler": Kind("pg_terminate_backend: a backend in a handler's transaction", 190),
     "crash": Kind("pg_ctl stop -m immediate, and start", 11),
     "pause": Kind("SIGSTOP of PostgreSQL, all its processes, for a few seconds", 3),
-    "cut": Kind("RST on all connections of a proxy", 70),
+    "cut": Kind("RST on all connections of a proxy", 100),
     "hole": Kind("all connections of a proxy are a black hole for a while, then RST", 8),
     "commit-before": Kind("RST instead of a COMMIT, which the server never gets", 40),
     "commit-after": Kind("RST instead of the answer to a COMMIT", 40),
@@ -50,7 +50,8 @@ class Fault(NamedTuple):
     """Something that is to go wrong.
 
     Attributes:
-        at: Seconds after the first publisher began.
+        at: After which share of the events has been published: so a slow machine has as many, and all of them under
+            load.
         kind: One of `KINDS`.
         roll: From 0 to 1; chooses the target and how long it lasts.
     """
@@ -60,18 +61,18 @@ class Fault(NamedTuple):
     roll: float
 
 
-def schedule(seed: int, events: int, seconds: float) -> list[Fault]:
-    """Return the faults of a run, in the order of their times.
+def schedule(seed: int, events: int) -> list[Fault]:
+    """Return the faults of a run, in their order.
 
-    The times of one kind are spread: each has its own slice of the run, and falls somewhere in it.
+    Those of one kind are spread: each has its own slice of the run, and falls somewhere in it.
     """
-    rng = random.Random(f"faults:{seed}")  # noqa: S311 - not for cryptography
+    rng = random.Random(f"faults:{seed}")
     faults = []
     for kind, (_, times) in KINDS.items():
         count = max(1, round(times * events / SCALE))
         for number in range(count):
             share = QUIET + (1 - 2 * QUIET) * (number + rng.random()) / count
-            faults.append(Fault(round(seconds * share, 3), kind, rng.random()))
+            faults.append(Fault(round(share, 6), kind, rng.random()))
     return sorted(faults)
 
 
@@ -100,8 +101,8 @@ MARKS: Final = {
     "departed": Mark("workers that found themselves replaced, and went on as somebody new", 10),
     "restarts": Mark("crashes of PostgreSQL, recovered", 10, 1),
     "restarts_inside": Mark("of these, while handlers ran", 8, 1),
-    "backends": Mark("backends terminated", 450, 1),
-    "cuts": Mark("cuts of all connections of a proxy", 50),
+    "backends": Mark("backends terminated", 500, 1),
+    "cuts": Mark("cuts of all connections of a proxy", 80),
     "holes": Mark("black holes", 5),
     "reconnects": Mark("loops of a worker that lost their connection and made another", 300, 1),
     "unknown_committed": Mark("unknown outcomes that were commits", 10),

@@ -33,6 +33,7 @@ from pgebus import (
 from torture.history import Outcome
 from torture.ledger import Ledger, read_file
 from torture.tables import KEYS, type_of
+from torture.tally import Tally
 
 Pipe: TypeAlias = "Connection[str, str]"
 
@@ -46,7 +47,8 @@ _BUSINESS: Final = text(
 )
 _LOCK: Final = text("SELECT key FROM things WHERE key = :key FOR UPDATE")
 _PLAIN: Final = text(
-    "INSERT INTO pgebus.events (type, channel, payload) VALUES (:type, 'events', jsonb_build_object('number', CAST(:number AS bigint)))"
+    "INSERT INTO pgebus.events (type, channel, payload) "
+    "VALUES (:type, 'events', jsonb_build_object('number', CAST(:number AS bigint)))"
 )
 
 logger = logging.getLogger(__name__)
@@ -67,12 +69,12 @@ class Way(NamedTuple):
 
 
 WAYS: Final = {
-    "call": Way(390),
+    "call": Way(370),
     "add": Way(150, 1, 4),
     "keyed": Way(200, 1, 3),
     "delayed": Way(60),
     "rollback": Way(50, 1, 3),
-    "bulk": Way(20, *_BULK),
+    "bulk": Way(40, *_BULK),
     "alone": Way(50),
     "sync": Way(40),
     "plain": Way(40),
@@ -85,21 +87,27 @@ class Errand:
 
     Attributes:
         number: Which publisher it is; from 1.
+        slot: Its place in the tally.
+        slots: How many there are.
         url: How it reaches PostgreSQL.
         seed: Of its choices.
         home: Where its ledger is.
         quota: How many events it has to get confirmed, over all its lives.
         begins: The monotonic clock when the first publisher began.
         seconds: In how long it is to be done.
+        at_most: When it stops all the same, in seconds after that.
     """
 
     number: int
+    slot: int
+    slots: int
     url: str
     seed: int
     home: str
     quota: int
     begins: float
     seconds: float
+    at_most: float
 
     @property
     def ledger(self) -> Path:
@@ -128,11 +136,13 @@ async def _publish(pipe: Pipe, errand: Errand) -> None:
             "connect_timeout_seconds": 5.0,
         }
     )
+    tally = Tally(Path(errand.home) / "tally", errand.slots)
     sm = DatabaseSessionManager(settings)
     alone = EventPublisher(settings, connections=1)
     with Ledger(errand.ledger) as ledger:
         publisher = _Publisher(errand, sm, alone, ledger, random.Random(f"{errand.seed}:{errand.number}:{last}"))
-        while done < errand.quota:
+        while done < errand.quota and monotonic() - errand.begins < errand.at_most:
+            tally.set(errand.slot, "published", done)
             ahead = errand.begins + errand.seconds * done / errand.quota - monotonic()
             if ahead > 0:
                 await asyncio.sleep(ahead)
@@ -140,6 +150,7 @@ async def _publish(pipe: Pipe, errand: Errand) -> None:
             last += size
             if outcome is Outcome.OK:
                 done += size
+    tally.set(errand.slot, "published", done)
     await alone.close()
     await sm.close()
 

@@ -21,7 +21,7 @@ class Report:
         command: What repeats it; the faults and the choices are the same, the timing is not.
         seed: Decides both.
         versions: Of everything that matters.
-        events: How many events publishers were to get confirmed.
+        events: How many events were confirmed to publishers.
         counts: Rows that were compared.
         ways: Transactions, by the way in which they published.
         outcomes: Transactions, by what their publisher knows of them.
@@ -81,7 +81,7 @@ class Report:
         yield "on " + ", ".join(f"{name} {version}" for name, version in self.versions.items())
         yield ""
         yield "What ran"
-        yield f"  {_several(self.counts)}"
+        yield f"  {self.events} events that publishers know to be there; {_several(self.counts)}"
         yield f"  transactions of publishers: {_several(self.outcomes)}"
         yield f"  by way of publishing: {_several(self.ways)}"
         yield f"  seconds: {_several(self.seconds)}"

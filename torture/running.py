@@ -15,12 +15,12 @@ from time import monotonic, time
 from typing import Any, Final
 
 import asyncpg
-
 from tests.embedded import version as postgres_version
+
 from torture.checker import check
 from torture.crew import Crew
 from torture.nemesis import Nemesis
-from torture.plan import schedule
+from torture.plan import Fault, schedule
 from torture.proxy import Proxy
 from torture.publishing import Errand
 from torture.reading import marks_of, per_second, quantile, rates, read_history, recovery_seconds
@@ -28,10 +28,11 @@ from torture.report import Report
 from torture.server import DATABASE, Server
 from torture.tables import RULES
 from torture.tally import Tally
-from torture.working import Duty
+from torture.working import NOT_STARTED, Duty
 
 WORKERS: Final = 4
 PUBLISHERS: Final = 3
+SLOTS: Final = WORKERS + PUBLISHERS
 # Those through the first proxy and the second one; the others use the unix socket.
 _WORKERS_BEHIND: Final = (1, 3)
 _PUBLISHERS_BEHIND: Final = (1,)
@@ -50,6 +51,7 @@ class Options:
         events: How many events publishers get confirmed.
         seed: Decides the faults and the choices.
         seconds: In how long they are to be published.
+        at_most: After how many seconds publishing ends all the same, with fewer events.
         command: What was typed.
         home: Where ledgers, logs and counters are kept.
     """
@@ -57,6 +59,7 @@ class Options:
     events: int
     seed: int
     seconds: float
+    at_most: float
     command: str
     home: Path
 
@@ -64,25 +67,25 @@ class Options:
 async def run(options: Options, server: Server) -> Report:
     """Do the whole run; return what it has shown."""
     report = Report(options.command, options.seed, _versions(), options.events)
-    faults = schedule(options.seed, options.events, options.seconds)
-    report.planned = dict(Counter(fault.kind for fault in faults))
+    faults = schedule(options.seed, options.events)
     if server.disk.why_not is not None:
         report.excused.append("disk_errors")
         report.notes.append(f"The disk was never full: {server.disk.why_not}.")
-    tally = Tally(options.home / "tally", WORKERS)
+    tally = Tally(options.home / "tally", SLOTS)
     async with AsyncExitStack() as stack:
         proxies = [await stack.enter_async_context(Proxy(server.socket)) for _ in range(2)]
         duties, errands = _orders(options, server, proxies)
         crew = Crew(duties, errands, tally)
         stack.callback(crew.end)
         nemesis = Nemesis(server, crew, proxies, tally)
-        async with asyncio.timeout(3 * options.seconds + 300):
-            times = await _play(crew, nemesis, faults, server)
+        async with asyncio.timeout(min(options.at_most, 10 * options.seconds) + 600):
+            times = await _play(crew, nemesis, faults, options.events, server)
         codes = await crew.stop()
         marks = {**nemesis.marks, **{name: tally.total(name) for name in ("refused", "departed", "reconnects")}}
         crew.end()
     left = {
         "workers that did not stop well": sum(code != 0 for code in codes),
+        "workers that ended by themselves": crew.unexpected.total() - crew.unexpected[NOT_STARTED],
         "workers too slow to stop": crew.slow_stops,
         "alarms in the logs of workers": tally.total("alarms"),
         "deadlocks in the log of the server": server.log().count("deadlock detected"),
@@ -94,8 +97,12 @@ async def run(options: Options, server: Server) -> Report:
     finally:
         await sql.close()
     (options.home / "faults.log").write_text("\n".join(nemesis.log) + "\n")
+    seconds = (f"{second - times['began']:.0f} {count}" for second, count in finished.items())
+    (options.home / "finished.log").write_text("\n".join(seconds) + "\n")
     marks["disk_errors"] = server.log().count("No space left on device")
     report.marks = {**marks, **marks_of(history)}
+    report.events = min(options.events, tally.total("published"))
+    report.planned = dict(nemesis.begun)
     report.skipped = dict(nemesis.skipped)
     report.ways = dict(ways.most_common())
     report.outcomes = dict(Counter(str(unit.outcome) for unit in history.units))
@@ -116,8 +123,10 @@ async def run(options: Options, server: Server) -> Report:
         "restarts of PostgreSQL took": _quantiles(sorted(nemesis.restart_seconds)),
         "graceful stops took": _quantiles(sorted(crew.stop_seconds)),
     }
-    if crew.unexpected:
-        report.notes.append(f"Workers that ended by themselves, by exit code: {crew.unexpected}.")
+    if refused := crew.unexpected.get(NOT_STARTED):
+        report.notes.append(
+            f"{refused:4} starts of a worker failed, because PostgreSQL was down; it was started again."
+        )
     report.violations = check(history, RULES)
     return report
 
@@ -127,33 +136,36 @@ def _orders(options: Options, server: Server, proxies: list[Proxy]) -> tuple[lis
     ways = [f"postgresql://{server.postgres.user}@127.0.0.1:{proxy.port}/{DATABASE}" for proxy in proxies]
     home = str(options.home)
     duties = [
-        Duty(slot, WORKERS, ways[0] if slot in _WORKERS_BEHIND else direct, options.seed, home)
-        for slot in range(WORKERS)
+        Duty(slot, SLOTS, ways[0] if slot in _WORKERS_BEHIND else direct, options.seed, home) for slot in range(WORKERS)
     ]
     begins, quota = monotonic(), -(-options.events // PUBLISHERS)
     errands = [
         Errand(
             number,
+            WORKERS + number - 1,
+            SLOTS,
             ways[1] if number in _PUBLISHERS_BEHIND else direct,
             options.seed,
             home,
             quota,
             begins,
             options.seconds,
-        )  # fmt: skip
+            options.at_most,
+        )
         for number in range(1, PUBLISHERS + 1)
     ]
     return duties, errands
 
 
-async def _play(crew: Crew, nemesis: Nemesis, faults: list[Any], server: Server) -> dict[str, float]:
+async def _play(crew: Crew, nemesis: Nemesis, faults: list[Fault], events: int, server: Server) -> dict[str, float]:
     """Return when what was over, in seconds since the epoch."""
     await crew.begin()
     times = {"began": time()}
-    breaking = asyncio.create_task(nemesis.run(faults), name="nemesis")
+    breaking = asyncio.create_task(nemesis.run(faults, events), name="nemesis")
     try:
         await _while_working(crew.run(), breaking)
         times["published"] = time()
+        nemesis.enough.set()
         keeping = asyncio.create_task(crew.keep(), name="keeper")
         await _while_working(breaking, keeping)
         await nemesis.heal()

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from tests.embedded import embedded
+
 from pgebus import DatabaseSettings
 from pgebus.embedded import EmbeddedPostgres
 from pgebus.migrations import upgrade
-from tests.embedded import embedded
 from torture.tables import TABLES
 
 DATABASE: Final = "torture"
@@ -46,7 +47,7 @@ class Disk:
     """
 
     def __init__(self, size: int) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="torture-", dir="/tmp"))  # noqa: S108 - mkdtemp makes it private
+        self.path = Path(tempfile.mkdtemp(prefix="torture-", dir="/tmp"))
         self._size = size
         self.why_not: str | None = "only root can mount a tmpfs"
         if os.geteuid() == 0:
@@ -158,7 +159,7 @@ def running(disk_bytes: int) -> Iterator[Server]:
 
 
 def _make_database(server: Server) -> None:
-    from sqlalchemy import create_engine, text  # noqa: PLC0415 - sync, here alone
+    from sqlalchemy import create_engine, text
 
     engine = create_engine(server.postgres.url("psycopg"), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:

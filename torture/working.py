@@ -18,6 +18,7 @@ from typing import Any, Final, TypeAlias
 
 import asyncpg
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from pgebus import EventContext, EventRouter, EventSystem, Reject, Retry, Settings, Snooze
 from pgebus.health import SystemState
@@ -26,10 +27,15 @@ from torture.tally import Tally
 
 Pipe: TypeAlias = "Connection[str, str]"
 
+DATABASE_ERRORS: Final = (DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+
 GRACE_SECONDS: Final = 2.0
 STOP_SECONDS: Final = 10.0
 N_WORKERS: Final = 8
 STOPPED: Final = 0
+# PostgreSQL did not answer when it started; a process manager would start it again, and so does the crew.
+NOT_STARTED: Final = 2
+# The system has ended by itself: never without a bug.
 CRASHED: Final = 3
 
 _EFFECT: Final = text(
@@ -66,7 +72,11 @@ def work(pipe: Pipe, duty: Duty) -> None:
         format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s",
         level=logging.INFO,
     )
-    sys.exit(asyncio.run(_work(pipe, duty)))
+    try:
+        sys.exit(asyncio.run(_work(pipe, duty)))
+    except Exception:
+        logging.getLogger("torture").exception("The worker has failed.")
+        sys.exit(CRASHED)
 
 
 async def _work(pipe: Pipe, duty: Duty) -> int:
@@ -75,6 +85,7 @@ async def _work(pipe: Pipe, duty: Duty) -> int:
     loop.add_signal_handler(signal.SIGTERM, told.set)
     loop.add_reader(pipe.fileno(), lambda: os._exit(1))  # the parent is gone
     tally = Tally(Path(duty.home) / "tally", duty.slots)
+    logging.getLogger("pgebus._runtime.acknowledging").setLevel(logging.DEBUG)  # refusals after a lost answer
     logging.getLogger().addHandler(_Counting(tally, duty.slot))
     journal = os.open(Path(duty.home) / "audit", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     notes = asyncpg.create_pool(
@@ -87,7 +98,11 @@ async def _work(pipe: Pipe, duty: Duty) -> int:
     )
     async with notes:
         system = EventSystem(_router(notes, tally, duty, journal), _settings(duty))
-        await system.start()
+        try:
+            await system.start()
+        except DATABASE_ERRORS as error:
+            logging.getLogger("torture").warning("Not started: %s", error)
+            return NOT_STARTED
         pipe.send("ready")
         ended, before = CRASHED, tally.get(duty.slot, "reconnects")
 

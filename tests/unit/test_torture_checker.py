@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-
 from torture.checker import RULES, check
 from torture.history import DeliveryRow, EventRow, History, Outcome, Promise, Rules, Run, Unit
 
