@@ -15,7 +15,8 @@ from torture.ledger import read_file
 from torture.nemesis import Held
 
 _EVENTS: Final = """
-SELECT id, coalesce((payload->>'number')::bigint, 0), type, key, extract(epoch FROM run_at)::float8 FROM pgebus.events"""
+SELECT id, coalesce((payload->>'number')::bigint, 0), type, key, extract(epoch FROM run_at)::float8
+FROM pgebus.events"""
 _DELIVERIES: Final = """
 SELECT event_id, consumer_group, status, attempt, claim_seq, lost::int FROM pgebus.deliveries"""
 _RUNS: Final = """
@@ -31,7 +32,7 @@ GROUP BY 1 ORDER BY 1"""
 async def read_history(
     sql: asyncpg.Connection[asyncpg.Record], home: Path, publishers: int, left: dict[str, int]
 ) -> tuple[History, Counter[str], int]:
-    """Return the history, how many transactions published in which way, and how many events were rolled back on purpose."""
+    """Return the history, the transactions by their way to publish, and how many events were rolled back on purpose."""
     ledgers = [read_file(home / f"ledger-{number}") for number in range(1, publishers + 1)]
     ways = Counter(way for ledger in ledgers for _, way in ledger)
     on_purpose = sum(_size(unit) for ledger in ledgers for unit, way in ledger if way == "rollback")

@@ -39,7 +39,8 @@ NOT_STARTED: Final = 2
 CRASHED: Final = 3
 
 _EFFECT: Final = text(
-    "INSERT INTO effects (event_id, consumer_group, handler, claim_seq, attempt) VALUES (:event, :grp, :handler, :seq, :n)"
+    "INSERT INTO effects (event_id, consumer_group, handler, claim_seq, attempt)"
+    " VALUES (:event, :grp, :handler, :seq, :n)"
 )
 _BUMP: Final = text("UPDATE balances SET amount = amount + 1 WHERE account = :account")
 _START: Final = "INSERT INTO starts (event_id, consumer_group, handler, claim_seq, attempt) VALUES ($1, $2, $3, $4, $5)"
