@@ -146,6 +146,9 @@ async def _publish(pipe: Pipe, errand: Errand) -> None:
             ahead = errand.begins + errand.seconds * done / errand.quota - monotonic()
             if ahead > 0:
                 await asyncio.sleep(ahead)
+            if tally.get(errand.slot, "wait"):
+                await asyncio.sleep(0.05)
+                continue
             size, outcome = await publisher.one(last + 1)
             last += size
             if outcome is Outcome.OK:

@@ -116,8 +116,10 @@ def rates(finished: dict[int, int], begins: float, ends: float) -> dict[str, Any
     within = [finished.get(second, 0) for second in range(int(begins), int(ends) + 1)]
     ordered = sorted(within)
     return {
+        "all": sum(within),
+        "of": sum(finished.values()),
         "mean": round(sum(within) / max(1.0, ends - begins), 1),
-        "median_second": ordered[len(ordered) // 2],
-        "best_second": ordered[-1],
-        "seconds_without": bisect_right(ordered, 0),
+        "median": ordered[len(ordered) // 2],
+        "best": ordered[-1],
+        "seconds without any": bisect_right(ordered, 0),
     }

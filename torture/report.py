@@ -85,7 +85,9 @@ class Report:
         yield f"  transactions of publishers: {_several(self.outcomes)}"
         yield f"  by way of publishing: {_several(self.ways)}"
         yield f"  seconds: {_several(self.seconds)}"
-        yield f"  deliveries finished per second, under faults: {_several(self.rates)}"
+        per_second = {name: value for name, value in self.rates.items() if name not in ("all", "of")}
+        yield f"  deliveries finished under faults: {self.rates.get('all')} of {self.rates.get('of')}"
+        yield f"  per second: {_several(per_second)}"
         yield ""
         yield "What went wrong, on purpose"
         for kind, count in self.planned.items():

@@ -28,7 +28,7 @@ from torture.report import Report
 from torture.server import DATABASE, Server
 from torture.tables import RULES
 from torture.tally import Tally
-from torture.working import NOT_STARTED, Duty
+from torture.working import DATABASE_ERRORS, NOT_STARTED, Duty
 
 WORKERS: Final = 4
 PUBLISHERS: Final = 3
@@ -38,6 +38,11 @@ _WORKERS_BEHIND: Final = (1, 3)
 _PUBLISHERS_BEHIND: Final = (1,)
 # What is left is stuck when so long nothing was finished.
 STUCK_SECONDS: Final = 40.0
+# Publishers wait while more deliveries than that for each event of the run are due: most of them are to be handled
+# under faults.
+BACKLOG: Final = 0.3
+_GAUGE_SECONDS: Final = 0.5
+_DUE: Final = "SELECT count(*) FROM pgebus.deliveries WHERE status = 'pending'"
 _UNFINISHED: Final = (
     "SELECT count(*) FROM pgebus.deliveries WHERE status IN ('pending', 'blocked', 'running', 'unhandled')"
 )
@@ -79,7 +84,11 @@ async def run(options: Options, server: Server) -> Report:
         stack.callback(crew.end)
         nemesis = Nemesis(server, crew, proxies, tally)
         async with asyncio.timeout(min(options.at_most, 10 * options.seconds) + 600):
-            times = await _play(crew, nemesis, faults, options.events, server)
+            gauge = asyncio.create_task(_gauge(server, tally, options.events * BACKLOG), name="gauge")
+            try:
+                times = await _play(crew, nemesis, faults, options.events, server)
+            finally:
+                gauge.cancel()
         codes = await crew.stop()
         marks = {**nemesis.marks, **{name: tally.total(name) for name in ("refused", "departed", "reconnects")}}
         crew.end()
@@ -178,6 +187,23 @@ async def _play(crew: Crew, nemesis: Nemesis, faults: list[Fault], events: int, 
     with suppress(asyncio.CancelledError):
         await keeping
     return times
+
+
+async def _gauge(server: Server, tally: Tally, limit: float) -> None:
+    """Let publishers wait while too much is due, until cancelled."""
+    while True:
+        with suppress(*DATABASE_ERRORS):
+            async with asyncio.timeout(10):
+                sql = await asyncpg.connect(server.url(), server_settings={"application_name": "gauge-reader"})
+            try:
+                while True:
+                    waiting = await sql.fetchval(_DUE, timeout=10)
+                    for slot in range(WORKERS, SLOTS):
+                        tally.set(slot, "wait", waiting > limit)
+                    await asyncio.sleep(_GAUGE_SECONDS)
+            finally:
+                sql.terminate()
+        await asyncio.sleep(_GAUGE_SECONDS)
 
 
 async def _while_working(awaited: Any, other: asyncio.Task[Any]) -> None:

@@ -13,6 +13,7 @@ FIELDS: Final = (
     "refused",  # completions that found no row: the delivery was another's by then
     "departed",  # lives that others had ended: the process went on as somebody new
     "reconnects",  # failures of the loops of a worker, each of which connects again
+    "wait",  # set for a publisher that is to wait, because too much is waiting to be handled
     "published",  # events that a publisher has got confirmed
     "alarms",  # what is logged as critical, or by asyncio as an error
 )
