@@ -98,7 +98,7 @@ MARKS: Final = {
     "graceful": Mark("graceful restarts of a worker", 10),
     "zombies": Mark("workers frozen, replaced and thawed", 10),
     "refused": Mark("completions refused, because the delivery was another's by then", 10),
-    "departed": Mark("workers that found themselves replaced, and went on as somebody new", 10),
+    "departed": Mark("workers that found themselves replaced, and went on as somebody new", 5),
     "restarts": Mark("crashes of PostgreSQL, recovered", 10, 1),
     "restarts_inside": Mark("of these, while handlers ran", 8, 1),
     "backends": Mark("backends terminated", 500, 1),
