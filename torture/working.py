@@ -27,7 +27,14 @@ from torture.tally import Tally
 
 Pipe: TypeAlias = "Connection[str, str]"
 
-DATABASE_ERRORS: Final = (DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+DATABASE_ERRORS: Final = (
+    DBAPIError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
 
 GRACE_SECONDS: Final = 2.0
 STOP_SECONDS: Final = 10.0
