@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Several processes, in the order of the files: those of tests/unit are short, and come last.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-slow test-matrix bench check fix clean
+.PHONY: help demo test test-slow test-matrix torture bench check fix clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ test-slow: $(STAMP) ## the longer lanes as well
 bench: $(STAMP) ## what it costs, beside whoever else is installed; about an hour (ARGS="drain latency --runs 1")
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(BIN)/python -m benchmarks --install $(ARGS)
+
+torture: $(STAMP) ## 100,000 events under faults of every kind, and then the books are checked (ARGS="--events 1000000 --seed 7")
+	$(BIN)/python -m torture $(ARGS)
 
 test-matrix: $(STAMP) ## every PostgreSQL, the oldest and the newest libraries; about an hour
 	$(BIN)/python -m tests.matrix $(ARGS)

@@ -20,6 +20,7 @@ from pgebus import (
     SessionlessConnectionError,
 )
 from pgebus._runtime import listening, maintenance
+from pgebus._runtime.store import Line
 from tests.conftest import Server
 from tests.system.bus import Sql, backfilled, delivery, finished, publish, rounds, settings
 from tests.system.faults import (
@@ -358,6 +359,27 @@ async def test_a_listen_connection_that_keeps_no_session_is_refused(
         assert not tasks_of_ours()
     await no_backend_of(database, "refused")
     await no_backend_of(empty_database, "refused")
+
+
+async def test_a_connection_that_is_lost_while_it_is_proved_is_made_again_and_not_called_a_pooler(
+    database: DatabaseSettings, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the connection its lock is gone, which looks like a pooler's session; only the connection can tell."""
+    asked: list[int] = []
+    ask = Line.value
+
+    async def cut_off_first(line: Line, statement: str, *args: Any) -> Any:
+        if "pg_locks" in statement and not asked:
+            pid = args[1]
+            asked.append(pid)
+            await sql.execute("SELECT pg_terminate_backend($1)", pid)
+            await until(lambda: sql.fetchval("SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1)", pid))
+        return await ask(line, statement, *args)
+
+    monkeypatch.setattr(Line, "value", cut_off_first)
+    async with worker(Handled().router, database) as system:
+        assert system.health().ok
+    assert asked
 
 
 async def test_everything_the_listener_opened_is_closed_by_a_stop(

@@ -222,6 +222,8 @@ class Listener:
         pid = await raw.fetchval("SELECT pg_backend_pid()")
         held = await self._other.value(self._sql.holds_lock, self._presence.worker_id, pid)
         if not (arrived.is_set() and held):
+            # One that has just been lost has lost its lock with it. It is no pooler's, and this says so by raising.
+            await raw.fetchval("SELECT pg_backend_pid()")
             raise SessionlessConnectionError(_NOT_OURS)
         await raw.remove_listener(probe, hear)
         self._proved = True
