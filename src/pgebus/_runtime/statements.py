@@ -13,9 +13,9 @@ from typing import Final
 
 from pgebus.models import BEAT_ABSENT_SECONDS
 from pgebus.names import quote_identifier, quote_literal
+from pgebus.operations._statements import KEPT_ERRORS, NOT_PURGED
+from pgebus.operations.pruning import prune_events
 
-# How many errors a delivery keeps, newest last.
-KEPT_ERRORS: Final = 5
 # How long after its last declaration a pattern counts as handled by somebody; running processes renew it each minute.
 DECLARED_MINUTES: Final = 3
 
@@ -507,17 +507,18 @@ UNION ALL SELECT p.gid, true FROM pg_catalog.pg_prepared_xacts p WHERE p.databas
         self.last_event_id: Final = f"SELECT coalesce(max(e.id), 0) FROM {s}.events e"
         # $1 channel, $2 group, $3 pattern, $4 above this id, $5 up to this one, $6 how many events to look at. An event
         # is locked, so that it cannot be pruned meanwhile; one that somebody else has locked is `missed`, and looked at
-        # again. What was unhandled, because nobody wanted it, is not any more, now that somebody does.
+        # again. What was unhandled, because nobody wanted it, is not any more, now that somebody does. What was emptied
+        # is never handled again.
         self.backfill: Final = f"""
 WITH mine AS MATERIALIZED (
   SELECT k.pattern, k.prefix, k.regex, coalesce(k.start_at, '-infinity') AS start_at FROM {s}.subscriptions k
   WHERE k.channel = $1::text AND k.consumer_group = $2::text AND k.pattern = $3::text
 ), looked AS MATERIALIZED (
-  SELECT e.id, e.channel, e.type, e.created_at FROM {s}.events e
+  SELECT e.id, e.channel, e.type, e.created_at, {NOT_PURGED} AS kept FROM {s}.events e
   WHERE e.id > $4::bigint AND e.id <= $5::bigint ORDER BY e.id LIMIT $6::integer
 ), wanted AS MATERIALIZED (
   SELECT l.id FROM looked l
-  WHERE l.channel = $1 AND (SELECT true FROM mine k WHERE l.created_at >= k.start_at AND (k.pattern = l.type
+  WHERE l.channel = $1 AND l.kept AND (SELECT true FROM mine k WHERE l.created_at >= k.start_at AND (k.pattern = l.type
     OR (starts_with(l.type || '.', k.prefix) AND (k.regex IS NULL OR l.type || '.' ~ k.regex))))
 ), found AS MATERIALIZED (
   -- one by one, as in a claim. Nothing here joins two of these lists, which the planner takes for short
@@ -567,26 +568,8 @@ WITH done AS (
 ), told AS MATERIALIZED (SELECT pg_notify($1::text, ''))
 SELECT count(*) FROM told"""
 
-        # Events that every group has finished long enough ago: $1 seconds, $2 limit. Deliveries go with them. A dead
-        # or unfinished delivery keeps its event.
-        self.prune_events: Final = f"""
-WITH cut AS MATERIALIZED (SELECT now() - make_interval(secs => $1::double precision) AS at), old AS MATERIALIZED (
-  SELECT d.event_id FROM {s}.deliveries d, cut
-  WHERE d.status IN ('completed', 'cancelled') AND d.finished_at < cut.at
-    AND NOT EXISTS (SELECT FROM {s}.deliveries o WHERE o.event_id = d.event_id
-                    AND (o.finished_at IS NULL OR o.finished_at >= cut.at OR o.status = 'dead'))
-  ORDER BY d.finished_at LIMIT $2::integer
-), ids AS MATERIALIZED (
-  SELECT e.id FROM {s}.events e WHERE e.id IN (SELECT event_id FROM old) ORDER BY e.id FOR UPDATE SKIP LOCKED
-), gone AS (
-  DELETE FROM {s}.events e USING ids WHERE e.id = ids.id RETURNING e.id
-), orphans AS (
-  -- left by a deletion without triggers, they would fill every batch for ever
-  DELETE FROM {s}.deliveries d USING old
-  WHERE d.event_id = old.event_id AND NOT EXISTS (SELECT FROM {s}.events e WHERE e.id = d.event_id)
-  RETURNING d.event_id
-)
-SELECT (SELECT count(*) FROM gone) + (SELECT count(*) FROM orphans)"""
+        # Events that every group has finished long enough ago: $1 seconds, $2 limit.
+        self.prune_events: Final = prune_events(s, "$1::double precision", "$2::integer")
         self.prune_workers: Final = f"""
 DELETE FROM {s}.workers w WHERE w.ended_at < now() - interval '1 day'
   AND NOT EXISTS (SELECT FROM {s}.deliveries d WHERE d.worker_id = w.id AND d.status = 'running')"""

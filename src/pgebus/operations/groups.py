@@ -1,6 +1,6 @@
-"""What a person does to consumer groups and keys: functions that take a session, and commit nothing.
+"""Consumer groups: listed, paused, resumed, limited and removed.
 
-So each commits together with whatever else the caller does. It runs no handler.
+It runs no handler, and commits nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from sqlalchemy import (
     Subquery,
     Text,
     and_,
-    case,
     cast,
     column,
     delete,
@@ -32,7 +31,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import aggregate_order_by
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import aliased
 
 from pgebus.errors import ConfigurationError, StateError
 from pgebus.groups import check_group_name
@@ -41,9 +39,7 @@ from pgebus.names import check_channel
 from pgebus.patterns import check_pattern
 
 __all__ = [
-    "BlockedKey",
     "GroupState",
-    "blocked_keys",
     "limit_group",
     "list_groups",
     "pause_group",
@@ -93,30 +89,6 @@ class GroupState:
     running: int
     dead: int
     unhandled: int
-
-
-@dataclass(frozen=True)
-class BlockedKey:
-    """A key for which deliveries wait.
-
-    Attributes:
-        channel: Its channel.
-        group: The consumer group.
-        key: The key.
-        waiting: How many deliveries wait.
-        head: The id of the event that they wait for; None for a moment, until the next sweep.
-        status: Its status: `running`, `pending` (due later, or tried again), or `dead` or `unhandled` where that holds
-            the key.
-        since: Since when: it was claimed, is due, or died.
-    """
-
-    channel: str
-    group: str
-    key: str
-    waiting: int
-    head: int | None
-    status: str | None
-    since: datetime | None
 
 
 async def list_groups(session: AsyncSession, channel: str | None = None) -> list[GroupState]:
@@ -268,7 +240,7 @@ async def remove_pattern(session: AsyncSession, group: str, pattern: str, channe
             be there again a moment later, and the group would miss what is published until then.
     """
     check_pattern(pattern, what="Pattern")
-    await _existing(session, group, channel)
+    await require_group(session, group, channel)
     await _refuse_declared(session, group, channel, Subscription.pattern == pattern)
     removed: Any = await session.execute(
         delete(Subscription).where(
@@ -276,56 +248,6 @@ async def remove_pattern(session: AsyncSession, group: str, pattern: str, channe
         )
     )
     return bool(removed.rowcount)
-
-
-async def blocked_keys(
-    session: AsyncSession, channel: str | None = None, group: str | None = None, limit: int = 100
-) -> list[BlockedKey]:
-    """Return the keys for which deliveries wait, those with most of them first.
-
-    Args:
-        session: Nothing is written.
-        channel: Only of this channel.
-        group: Only of this consumer group.
-        limit: How many, at most; from 1.
-
-    Raises:
-        ConfigurationError: If *limit* is no whole number from 1, or a name cannot be one.
-    """
-    if not (type(limit) is int and 1 <= limit < 2**63):
-        raise ConfigurationError(f"limit must be a whole number from 1 to {2**63 - 1}, not {limit!r}.")
-    of_key = [Delivery.channel, Delivery.consumer_group, Delivery.key]
-    waiting = select(*of_key, func.count().label("waiting")).where(Delivery.status == "blocked").group_by(*of_key)
-    if channel is not None:
-        waiting = waiting.where(Delivery.channel == check_channel(channel))
-    if group is not None:
-        waiting = waiting.where(Delivery.consumer_group == check_group_name(group))
-    keys = waiting.order_by(func.count().desc(), *of_key).limit(limit).subquery()
-    head = aliased(Delivery)
-    first: Any = (
-        select(head)
-        .where(
-            head.channel == keys.c.channel,
-            head.consumer_group == keys.c.consumer_group,
-            head.key == keys.c.key,
-            or_(head.status.in_(("pending", "running")), head.holds_key),
-        )
-        .order_by(head.event_id)
-        .limit(1)
-        .lateral()
-    )
-    since = case(
-        (first.c.status == "running", first.c.claimed_at),
-        (first.c.status.in_(("pending", "unhandled")), first.c.due_at),
-        else_=first.c.finished_at,
-    )
-    query: Any = (
-        select(*keys.c, first.c.event_id, first.c.status, since)
-        .select_from(keys.outerjoin(first, literal(True)))
-        .order_by(keys.c.waiting.desc(), keys.c.channel, keys.c.consumer_group, keys.c.key)
-    )
-    rows: list[Any] = list(await session.execute(query))
-    return [BlockedKey(*row) for row in rows]
 
 
 def _has(status: str) -> ColumnElement[bool]:
@@ -422,7 +344,12 @@ def _missing(group: str, channel: str) -> ConfigurationError:
     )
 
 
-async def _existing(session: AsyncSession, group: str, channel: str) -> None:
+async def require_group(session: AsyncSession, group: str, channel: str) -> None:
+    """Refuse a group that is not there.
+
+    Raises:
+        ConfigurationError: If so, or if a name cannot be one.
+    """
     there = select(ConsumerGroup.consumer_group).where(
         ConsumerGroup.channel == check_channel(channel), ConsumerGroup.consumer_group == check_group_name(group)
     )
@@ -432,7 +359,7 @@ async def _existing(session: AsyncSession, group: str, channel: str) -> None:
 
 async def _change(session: AsyncSession, group: str, channel: str, another: ColumnElement[bool], **values: Any) -> bool:
     """Set the values of a group where they are *another*; return whether they were."""
-    await _existing(session, group, channel)
+    await require_group(session, group, channel)
     changed: Any = await session.execute(
         update(ConsumerGroup)
         .where(ConsumerGroup.channel == channel, ConsumerGroup.consumer_group == group, another)

@@ -1,0 +1,118 @@
+"""What an event says, erased, while its skeleton stays: `purge_payload()`.
+
+It deletes no row, and commits nothing.
+"""
+
+# ruff: noqa: S608 - the only thing ever filled in is a quoted identifier and text of this package
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Unpack
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from pgebus.operations._statements import NOT_PURGED, PURGED_AT, fetch, schema_of
+from pgebus.operations.selection import EventFilters, Selection, check_limit
+
+__all__ = ["Purged", "purge_payload"]
+
+_IS_FINISHED: Final = """(SELECT o.event_id FROM {s}.deliveries o WHERE o.event_id = e.id AND o.finished_at IS NULL
+  ORDER BY o.event_id LIMIT 1) IS NULL"""
+
+
+@dataclass(frozen=True)
+class Purged:
+    """What became of the events.
+
+    Attributes:
+        event_ids: Those that were emptied now.
+        unfinished: Those that were not, because a delivery of them is still to be handled or being handled: up to
+            *limit* of them. cancel() these, and purge again.
+    """
+
+    event_ids: tuple[int, ...]
+    unfinished: tuple[int, ...]
+
+
+async def purge_payload(
+    session: AsyncSession, *, channel: str | None = None, limit: int = 1_000, **filters: Unpack[EventFilters]
+) -> Purged:
+    """Empty events that are finished: their payload, their headers, and what their errors quote.
+
+    The payload becomes `{}`; of the headers `correlation_id`, `causation_id` and `traceparent` are left, and
+    `pgebus_purged_at` is added; of the errors the messages and the tracebacks are taken out of every delivery. What is
+    left is the skeleton: id, type, channel, `key`, `dedup_key`, the times, the statuses. Columns of your own are yours
+    to empty, in the same transaction. Old versions of the rows stay on disk until the next VACUUM, and in backups.
+
+    An event with a delivery that is pending, blocked, running or unhandled is left alone: its handlers would get an
+    empty payload, and might write what they know into the errors afterwards. It is named in the result. Dead ones count
+    as finished. What is emptied is never handled again: redrive(), replay() and new groups leave it out.
+
+    Done again it finds nothing. A row that somebody has locked is passed over.
+
+    Args:
+        session: Its transaction is yours to commit.
+        channel: Only of this channel.
+        limit: How many events, at most; 1 to 10,000. Call again, after the commit, for more.
+        **filters: Which events; see `EventFilters`. At least one.
+
+    Raises:
+        ConfigurationError: If an argument is none of its kind, or all events would be emptied.
+    """
+    selection = Selection.of(filters, channel=channel)
+    selection.refuse_everything("purge_payload()")
+    parameters = {"limit": check_limit(limit), **selection.parameters()}
+    s = await schema_of(session)
+    # Locked first, and looked at in statements of their own then: nobody replays an event that is locked.
+    locked = await fetch(
+        session,
+        f"SELECT e.id FROM {purgeable(s, selection)} ORDER BY e.id LIMIT :limit FOR UPDATE OF e SKIP LOCKED",
+        **parameters,
+    )
+    deliveries = await fetch(
+        session,
+        f"""
+SELECT d.event_id, d.finished_at IS NULL, d.ctid FROM unnest(CAST(:ids AS bigint[])) u(id) CROSS JOIN LATERAL (
+  SELECT d.event_id, d.consumer_group, d.finished_at, d.ctid FROM {s}.deliveries d WHERE d.event_id = u.id
+  ORDER BY d.consumer_group FOR UPDATE) d""",
+        ids=[row[0] for row in locked],
+    )
+    begun = {event_id for event_id, unfinished, _ in deliveries if unfinished}
+    ids = [row[0] for row in locked if row[0] not in begun]
+    if ids:
+        await fetch(session, _EMPTY_EVENTS.replace("{s}", s), ids=ids)
+        await fetch(session, _EMPTY_ERRORS.replace("{s}", s), ids=ids)
+    unfinished = await fetch(
+        session,
+        f"SELECT e.id FROM {unpurgeable(s, selection)} ORDER BY e.id LIMIT :limit",
+        **parameters,
+    )
+    return Purged(tuple(ids), tuple(row[0] for row in unfinished))
+
+
+def purgeable(s: str, selection: Selection) -> str:
+    """Return the events that `purge_payload()` empties, as `e`: what follows FROM."""
+    conditions = [*selection.conditions(s, "e"), NOT_PURGED, _IS_FINISHED.replace("{s}", s)]
+    return f"{s}.events e WHERE {' AND '.join(conditions)}"
+
+
+def unpurgeable(s: str, selection: Selection) -> str:
+    """Return those that it leaves alone."""
+    conditions = [*selection.conditions(s, "e"), NOT_PURGED, f"NOT ({_IS_FINISHED.replace('{s}', s)})"]
+    return f"{s}.events e WHERE {' AND '.join(conditions)}"
+
+
+_EMPTY_EVENTS: Final = f"""
+UPDATE {{s}}.events e SET payload = '{{}}', headers = (
+  SELECT coalesce(jsonb_object_agg(h.key, h.value), '{{}}') FROM jsonb_each(e.headers) h
+  WHERE h.key IN ('correlation_id', 'causation_id', 'traceparent')
+) || jsonb_build_object('{PURGED_AT}', now())
+WHERE e.id = ANY (CAST(:ids AS bigint[])) RETURNING e.id"""
+
+_EMPTY_ERRORS: Final = """
+UPDATE {s}.deliveries d SET errors = (
+  SELECT jsonb_agg(x.entry || '{"message": "(purged)", "traceback": null}' ORDER BY x.place)
+  FROM jsonb_array_elements(d.errors) WITH ORDINALITY x(entry, place))
+WHERE d.event_id = ANY (CAST(:ids AS bigint[])) AND jsonb_typeof(d.errors) = 'array' AND d.errors <> '[]'
+RETURNING d.event_id"""
