@@ -43,7 +43,7 @@ async def test_nothing_personal_is_left_of_a_finished_event(sm: DatabaseSessionM
         (entry,) = each.errors
         assert (entry["handler"], entry["type"], entry["attempt"]) == ("second", "ValueError", 2)
         assert (entry["message"], entry["traceback"]) == ("(purged)", None)
-        assert each.status == ("completed" if each.group == "default" else "dead")
+        assert each.status == ("completed" if each.group == "default" else "cancelled")
 
 
 async def test_what_is_still_to_be_handled_is_named_and_left(sm: DatabaseSessionManager, sql: Sql) -> None:
@@ -79,6 +79,16 @@ async def test_what_is_erased_is_not_handled_again(sm: DatabaseSessionManager, s
     row = await sql.fetchrow(Statements("pgebus").backfill, "events", "late", "#", 0, other, 100)
     assert row is not None
     assert (row["made"], row["reached"], row["missed"]) == (1, other, None)
+
+
+async def test_a_dead_letter_that_is_erased_lets_go_of_its_key(sm: DatabaseSessionManager, sql: Sql) -> None:
+    """It cannot be handled any more, so nothing waits for that."""
+    holder = await event_in(sql, "dead", holds_key=True)
+    waiting = await event_in(sql, "blocked", key="k")
+    async with sm.session() as session:
+        await operations.purge_payload(session, event_ids=[holder])
+        await session.commit()
+    assert await sql.fetchval("SELECT status FROM pgebus.deliveries WHERE event_id = $1", waiting) == "pending"
 
 
 async def test_a_batch_is_bounded(sm: DatabaseSessionManager, sql: Sql) -> None:

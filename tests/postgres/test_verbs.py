@@ -34,7 +34,7 @@ BECOMES: Final[dict[str, dict[str, str | None]]] = {
     "cancel": dict.fromkeys(("pending", "blocked", "running", "unhandled", "dead"), "cancelled"),
     "release_key": {"blocked": "pending"},  # nothing holds it: what the next sweep would do
     "prune": {"completed": None, "cancelled": None},
-    "purge_payload": {},
+    "purge_payload": {"dead": "cancelled"},
 }
 
 

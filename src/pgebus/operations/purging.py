@@ -12,7 +12,7 @@ from typing import Final, Unpack
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from pgebus.operations._statements import NOT_PURGED, PURGED_AT, fetch, schema_of
+from pgebus.operations._statements import NOT_PURGED, PURGED_AT, fetch, promote, schema_of
 from pgebus.operations.selection import EventFilters, Selection, check_limit
 
 __all__ = ["Purged", "purge_payload"]
@@ -46,8 +46,9 @@ async def purge_payload(
     to empty, in the same transaction. Old versions of the rows stay on disk until the next VACUUM, and in backups.
 
     An event with a delivery that is pending, blocked, running or unhandled is left alone: its handlers would get an
-    empty payload, and might write what they know into the errors afterwards. It is named in the result. Dead ones count
-    as finished. What is emptied is never handled again: redrive(), replay() and new groups leave it out.
+    empty payload, and might write what they know into the errors afterwards. It is named in the result. What is emptied
+    is never handled again: its dead letters are cancelled, and let go of their keys; replay() and new groups leave it
+    out.
 
     Done again it finds nothing. A row that somebody has locked is passed over.
 
@@ -82,7 +83,8 @@ SELECT d.event_id, d.finished_at IS NULL, d.ctid FROM unnest(CAST(:ids AS bigint
     ids = [row[0] for row in locked if row[0] not in begun]
     if ids:
         await fetch(session, _EMPTY_EVENTS.replace("{s}", s), ids=ids)
-        await fetch(session, _EMPTY_ERRORS.replace("{s}", s), ids=ids)
+        emptied = await fetch(session, _EMPTY_DELIVERIES.replace("{s}", s), ids=ids)
+        await promote(session, s, ((channel, group, key) for channel, group, key in emptied if key is not None))
     unfinished = await fetch(
         session,
         f"SELECT e.id FROM {unpurgeable(s, selection)} ORDER BY e.id LIMIT :limit",
@@ -110,9 +112,10 @@ UPDATE {{s}}.events e SET payload = '{{}}', headers = (
 ) || jsonb_build_object('{PURGED_AT}', now())
 WHERE e.id = ANY (CAST(:ids AS bigint[])) RETURNING e.id"""
 
-_EMPTY_ERRORS: Final = """
-UPDATE {s}.deliveries d SET errors = (
-  SELECT jsonb_agg(x.entry || '{"message": "(purged)", "traceback": null}' ORDER BY x.place)
-  FROM jsonb_array_elements(d.errors) WITH ORDINALITY x(entry, place))
-WHERE d.event_id = ANY (CAST(:ids AS bigint[])) AND jsonb_typeof(d.errors) = 'array' AND d.errors <> '[]'
-RETURNING d.event_id"""
+_EMPTY_DELIVERIES: Final = """
+UPDATE {s}.deliveries d SET holds_key = false, status = CASE WHEN d.status = 'dead' THEN 'cancelled' ELSE d.status END,
+  errors = CASE WHEN jsonb_typeof(d.errors) = 'array' THEN (
+    SELECT jsonb_agg(x.entry || '{"message": "(purged)", "traceback": null}' ORDER BY x.place)
+    FROM jsonb_array_elements(d.errors) WITH ORDINALITY x(entry, place)) END
+WHERE d.event_id = ANY (CAST(:ids AS bigint[])) AND d.status IN ('completed', 'dead', 'cancelled')
+RETURNING d.channel, d.consumer_group, d.key"""

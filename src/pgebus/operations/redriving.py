@@ -43,7 +43,7 @@ async def redrive(
     Handlers that had succeeded are not called again: `handled` is kept, and so are the errors, with an entry
     `Redriven` after them. Of a key, the first one starts, and the others wait behind it, in the order of their ids; an
     earlier event of the key that is waiting or running, or holds it, is still before them. Sleeping workers are woken
-    at the commit. What purge_payload() has emptied is left dead.
+    at the commit.
 
     Done again it finds nothing, unless they have died again. In the order of the event ids, so that batches keep the
     order of a key. A row that somebody has locked is passed over.
@@ -87,8 +87,7 @@ FROM done, (SELECT count(*) FROM told) told_count"""
 
 def dead_letters(s: str, selection: Selection) -> str:
     """Return which deliveries `redrive()` takes, as a condition on `d`."""
-    not_purged = f"NOT EXISTS (SELECT FROM {s}.events e WHERE e.id = d.event_id AND NOT {NOT_PURGED})"
-    return " AND ".join(["d.status = 'dead'", *selection.conditions(s, "d"), not_purged])
+    return " AND ".join(["d.status = 'dead'", *selection.conditions(s, "d")])
 
 
 async def replay(
