@@ -1,17 +1,23 @@
-"""Child processes that never outlive their test."""
+"""Child processes that never outlive their test, and the `pgebus` command."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import sys
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
 from pgebus import DatabaseSettings
 from pgebus._runtime import maintenance
+from pgebus.cli.app import run
 from tests.conftest import Server
 from tests.system.bus import Sql
 from tests.system.processes import Child, Inquest, watched
+from tests.system.test_cli_check import environment, url_of
 from tests.system.worker_process import TABLES, Orders, Pipe
 
 
@@ -36,6 +42,35 @@ async def spawn(database: DatabaseSettings, sql: Sql) -> AsyncIterator[Spawn]:
     yield start
     for child in children:
         child.bury()
+
+
+class Command(Protocol):
+    """Runs `pgebus` with arguments; returns its status, output and errors."""
+
+    async def __call__(self, *arguments: str) -> tuple[int, str, str]: ...
+
+
+@pytest.fixture
+def command(
+    database: DatabaseSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Command:
+    """In this process, since starting Python takes most of a command's time."""
+
+    def here(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pgebus", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            run()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    for name in set(os.environ) - set(environment()):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PGEBUS_DATABASE__URL", url_of(database))
+    monkeypatch.chdir(tmp_path)
+
+    async def command(*arguments: str) -> tuple[int, str, str]:
+        return await asyncio.to_thread(here, *arguments)
+
+    return command
 
 
 @pytest.fixture

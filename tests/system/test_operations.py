@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import json
-import os
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -26,10 +24,8 @@ from pgebus import (
     operations,
     publish_event,
 )
-from pgebus.cli.app import run
 from tests.system.bus import Sql, publish, running
-from tests.system.conftest import Spawn
-from tests.system.test_cli_check import environment, url_of
+from tests.system.conftest import Command, Spawn
 from tests.system.waiting import until
 from tests.system.worker_process import work
 
@@ -43,35 +39,6 @@ async def thank(_ctx: EventContext, _payload: dict[str, Any]) -> None: ...
 
 @router.on("#", transactional=True)
 async def note(_ctx: EventContext, _payload: dict[str, Any]) -> None: ...
-
-
-class Command(Protocol):
-    """Runs `pgebus` with arguments; returns its status, output and errors."""
-
-    async def __call__(self, *arguments: str) -> tuple[int, str, str]: ...
-
-
-@pytest.fixture
-def command(
-    database: DatabaseSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Command:
-    """In this process, since starting Python takes most of a command's time."""
-
-    def here(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pgebus", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            run()
-        return int(ended.value.code or 0), *capsys.readouterr()
-
-    for name in set(os.environ) - set(environment()):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PGEBUS_DATABASE__URL", url_of(database))
-    monkeypatch.chdir(tmp_path)
-
-    async def command(*arguments: str) -> tuple[int, str, str]:
-        return await asyncio.to_thread(here, *arguments)
-
-    return command
 
 
 async def nothing(_ctx: EventContext, _payload: dict[str, Any]) -> None: ...

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from pgebus import ConfigurationError, PgebusError, Settings, __version__
-from pgebus.cli import groups, roles
+from pgebus.cli import deliveries, groups, roles, verbs
 from pgebus.cli.messages import FAILED, MISUSED, database_errors_as_messages, fail, place_of
 from pgebus.drift import find_drift
 from pgebus.embedded import EmbeddedPostgres
@@ -39,6 +39,14 @@ app.add_typer(groups.app, name="groups")
 app.command()(groups.blocked)
 app.command()(groups.routes)
 app.command()(roles.roles)
+app.command()(deliveries.deliveries)
+app.command()(deliveries.show)
+app.command()(verbs.redrive)
+app.command()(verbs.replay)
+app.command()(verbs.cancel)
+app.command("release-key")(verbs.release_key)
+app.command()(verbs.prune)
+app.command()(verbs.purge)
 
 
 def run() -> None:

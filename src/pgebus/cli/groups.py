@@ -5,26 +5,18 @@ The work is that of `pgebus.operations` and of the router; here it is shown.
 
 from __future__ import annotations
 
-import asyncio
 import importlib
-import json
 import os
 import sys
-from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
-from datetime import datetime
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from sqlalchemy.ext.asyncio import AsyncSession
 
-from pgebus import ConfigurationError, DatabaseSessionManager, EventRouter, EventSystem, Settings, operations
-from pgebus.cli.messages import FAILED, MISUSED, database_errors_as_messages, fail, told
+from pgebus import ConfigurationError, EventRouter, EventSystem, Settings, operations
+from pgebus.cli.messages import FAILED, MISUSED, fail, told
+from pgebus.cli.showing import moment, run, table, write
 from pgebus.names import check_event_type
-
-_T = TypeVar("_T")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 Channel = Annotated[
@@ -33,20 +25,6 @@ Channel = Annotated[
 Group = Annotated[str, typer.Argument(help="The consumer group.", show_default=False)]
 
 app: Final = typer.Typer(invoke_without_command=True, no_args_is_help=False, help="List the consumer groups; or act.")
-
-
-def run(what: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
-    """Do *what* in a session on the database of the settings, and commit."""
-    database = Settings().database
-
-    async def work() -> _T:
-        async with DatabaseSessionManager(database) as manager, manager.session() as session:
-            done = await what(session)
-            await session.commit()
-            return done
-
-    with database_errors_as_messages(database):
-        return asyncio.run(work())
 
 
 @app.callback()
@@ -64,10 +42,10 @@ def groups(context: typer.Context, channel: Channel = None, as_json: AsJson = Fa
         return None
     found = run(lambda session: operations.list_groups(session, channel))
     if as_json:
-        return _write([asdict(each) for each in found])
+        return write([asdict(each) for each in found])
     if not found:
         return typer.echo(_no_groups(channel))
-    _table(
+    table(
         ["channel", "group", "patterns", "state", "workers", "pending", "blocked", "running", "dead", "unhandled"],
         [
             (
@@ -100,7 +78,7 @@ def _state(group: operations.GroupState) -> str:
     if not group.declared:
         return "not declared"
     limit = f", at most {group.max_running}" if group.max_running else ""
-    return (f"paused since {_moment(group.paused_at)}" if group.paused_at else "active") + limit
+    return (f"paused since {moment(group.paused_at)}" if group.paused_at else "active") + limit
 
 
 @app.command()
@@ -156,10 +134,10 @@ def blocked(
     """Say which keys wait, for which event, and since when."""
     found = run(lambda session: operations.blocked_keys(session, channel, group, limit))
     if as_json:
-        return _write([asdict(each) for each in found])
+        return write([asdict(each) for each in found])
     if not found:
         return typer.echo("No key waits.")
-    _table(
+    table(
         ["channel", "group", "key", "waiting", "for event", "which is", "since"],
         [
             (
@@ -169,7 +147,7 @@ def blocked(
                 each.waiting,
                 each.head or "-",
                 each.status or "nothing: the next sweep lets the first one in",
-                _moment(each.since),
+                moment(each.since),
             )
             for each in found
         ],
@@ -200,11 +178,11 @@ def routes(
         for route in found
     ]
     if as_json:
-        return _write(rows)
+        return write(rows)
     if not rows:
         whom = "no handler" if event_type is None else f"no handler of {event_type!r}, which waits as unhandled"
         return typer.echo(f"{where} has {whom}.")
-    _table(
+    table(
         ["group", "path", "handler", "in a transaction"],
         [(row["group"], row["path"], row["handler"], "yes" if row["transactional"] else "no") for row in rows],
     )
@@ -244,19 +222,3 @@ def _channel(context: typer.Context, channel: str | None) -> str:
     """Return the channel that is meant: said behind the command, before it, or in the settings."""
     said = context.obj if channel is None else channel
     return Settings().event_system.channel if said is None else str(said)
-
-
-def _moment(moment: datetime | None) -> str:
-    return "-" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"
-
-
-def _write(found: Sequence[dict[str, Any]]) -> None:
-    typer.echo(json.dumps(found, indent=2, default=lambda value: value.isoformat()))
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    table = Table(*titles, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    # Piped into a file or another program, a line is as long as it has to be.
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000).print(table)

@@ -33,9 +33,9 @@ def database_errors_as_messages(database: DatabaseSettings) -> Iterator[None]:
         fail(str(error), MISUSED)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, DBAPIError) as error:
         fail(
-            f"{place}: {_said(error)}. The tables of pgebus are not there: run 'pgebus migrate'."
+            f"{place}: {said(error)}. The tables of pgebus are not there: run 'pgebus migrate'."
             if _sqlstate(error) in _NOT_THERE
-            else f"{place}: {_said(error)}. The database is named by PGEBUS_DATABASE__URL, or by its parts: in the "
+            else f"{place}: {said(error)}. The database is named by PGEBUS_DATABASE__URL, or by its parts: in the "
             "environment, in .env, or in the file that PGEBUS_CONFIG_FILE names.",
             FAILED,
         )
@@ -54,7 +54,7 @@ def place_of(url: URL) -> str:
     return f"{user}{hosts}{port}/{url.database or ''}"
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
     """Return what the driver said."""
     if isinstance(error, DBAPIError) and error.orig is not None:
         # The dialect's error adds the name of a class to the text of the driver's.

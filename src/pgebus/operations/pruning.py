@@ -47,6 +47,21 @@ async def prune(session: AsyncSession, older_than: timedelta, *, limit: int = 1_
     return int(row[0])
 
 
+async def count_prunable(session: AsyncSession, older_than: timedelta) -> int:
+    """Return how many events prune() would delete, without a limit.
+
+    Raises:
+        ConfigurationError: As there.
+    """
+    seconds = check_age(older_than)
+    s = await schema_of(session)
+    sql = f"""
+WITH cut AS MATERIALIZED (SELECT now() - make_interval(secs => CAST(:seconds AS double precision)) AS at)
+SELECT count(DISTINCT d.event_id) FROM {prunable(s)}"""
+    (row,) = await fetch(session, sql, seconds=seconds)
+    return int(row[0])
+
+
 def prune_events(s: str, seconds: str, limit: str) -> str:
     """Return the statement: *s* is the quoted schema, the others are how the driver writes its parameters.
 

@@ -93,6 +93,24 @@ SELECT d.event_id, d.finished_at IS NULL, d.ctid FROM unnest(CAST(:ids AS bigint
     return Purged(tuple(ids), tuple(row[0] for row in unfinished))
 
 
+async def count_purgeable(
+    session: AsyncSession, *, channel: str | None = None, **filters: Unpack[EventFilters]
+) -> tuple[int, int]:
+    """Return how many events purge_payload() would empty, without a limit, and how many it would leave.
+
+    Raises:
+        ConfigurationError: As there.
+    """
+    selection = Selection.of(filters, channel=channel)
+    selection.refuse_everything("purge_payload()")
+    s = await schema_of(session)
+    counts = [
+        await fetch(session, f"SELECT count(*) FROM {which(s, selection)}", **selection.parameters())
+        for which in (purgeable, unpurgeable)
+    ]
+    return int(counts[0][0][0]), int(counts[1][0][0])
+
+
 def purgeable(s: str, selection: Selection) -> str:
     """Return the events that `purge_payload()` empties, as `e`: what follows FROM."""
     conditions = [*selection.conditions(s, "e"), NOT_PURGED, _IS_FINISHED.replace("{s}", s)]

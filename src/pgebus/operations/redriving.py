@@ -13,7 +13,8 @@ from typing import Any, Final, Unpack
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from pgebus.groups import DEFAULT_GROUP
+from pgebus.groups import DEFAULT_GROUP, check_group_name
+from pgebus.names import check_channel
 from pgebus.operations._statements import NOT_PURGED, entry, fetch, promote, schema_of, told
 from pgebus.operations.groups import require_group
 from pgebus.operations.selection import (
@@ -72,7 +73,7 @@ def _redrive(s: str, selection: Selection) -> str:
     return f"""
 WITH chosen AS MATERIALIZED (
   SELECT d.ctid AS place FROM {s}.deliveries d
-  WHERE {dead_letters(s, selection)}
+  WHERE {" AND ".join(["d.status = 'dead'", *selection.conditions(s, "d")])}
   ORDER BY {selection.order(("dead",))}, d.consumer_group LIMIT :limit FOR UPDATE OF d SKIP LOCKED
 ), done AS (
   UPDATE {s}.deliveries d
@@ -83,11 +84,6 @@ WITH chosen AS MATERIALIZED (
 ), told AS MATERIALIZED (SELECT pg_notify(c.channel, '') FROM (SELECT DISTINCT channel FROM done) c)
 SELECT done.event_id, done.consumer_group, 'dead', done.channel, done.key
 FROM done, (SELECT count(*) FROM told) told_count"""
-
-
-def dead_letters(s: str, selection: Selection) -> str:
-    """Return which deliveries `redrive()` takes, as a condition on `d`."""
-    return " AND ".join(["d.status = 'dead'", *selection.conditions(s, "d")])
 
 
 async def replay(
@@ -139,16 +135,51 @@ async def replay(
     Raises:
         ConfigurationError: If there is no such group, or an argument is none of its kind.
     """
-    selection = Selection.of(filters, finished_after=finished_after, finished_before=finished_before)
-    parameters: dict[str, Any] = {"limit": check_limit(limit), **told(by, reason), **selection.parameters()}
-    parameters["after"] = check_event_id(after, "after")
+    selection, parameters = _asked(group, channel, after, finished_after, finished_before, filters)
+    parameters |= {"limit": check_limit(limit), **told(by, reason)}
     await require_group(session, group, channel)
-    parameters |= {"channel": channel, "group": group}
     s = await schema_of(session)
-    rows = await fetch(
-        session, _replay(s, selection, missing=bool(missing), of_default=group == DEFAULT_GROUP), **parameters
-    )
-    return await _begun(session, s, rows)
+    sql = _replay(s, selection, missing=bool(missing), of_default=group == DEFAULT_GROUP)
+    return await _begun(session, s, await fetch(session, sql, **parameters))
+
+
+async def count_replayable(
+    session: AsyncSession,
+    group: str,
+    channel: str = "events",
+    *,
+    missing: bool = True,
+    finished_after: datetime | None = None,
+    finished_before: datetime | None = None,
+    **filters: Unpack[EventFilters],
+) -> int:
+    """Return how many events replay() would replay, without a limit.
+
+    Raises:
+        ConfigurationError: As there.
+    """
+    selection, parameters = _asked(group, channel, 0, finished_after, finished_before, filters)
+    await require_group(session, group, channel)
+    s = await schema_of(session)
+    (row,) = await fetch(session, f"SELECT count(*) FROM {replayable(s, selection, missing=missing)}", **parameters)
+    return int(row[0])
+
+
+def _asked(
+    group: str,
+    channel: str,
+    after: int,
+    finished_after: datetime | None,
+    finished_before: datetime | None,
+    filters: EventFilters,
+) -> tuple[Selection, dict[str, Any]]:
+    selection = Selection.of(filters, finished_after=finished_after, finished_before=finished_before)
+    about = {
+        "group": check_group_name(group),
+        "channel": check_channel(channel),
+        "after": check_event_id(after, "after"),
+    }
+    return selection, {**about, **selection.parameters()}
 
 
 def replayable(s: str, selection: Selection, *, missing: bool) -> str:

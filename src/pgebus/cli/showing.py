@@ -1,0 +1,67 @@
+"""What the commands have in common: work in a session, tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from typing import TypeVar
+
+import typer
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from pgebus import DatabaseSessionManager, Settings
+from pgebus.cli.messages import database_errors_as_messages
+
+_T = TypeVar("_T")
+
+
+def run(what: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
+    """Do *what* in a session on the database of the settings, and commit."""
+    database = Settings().database
+
+    async def work() -> _T:
+        async with DatabaseSessionManager(database) as manager, manager.session() as session:
+            done = await what(session)
+            await session.commit()
+            return done
+
+    with database_errors_as_messages(database):
+        return asyncio.run(work())
+
+
+def moment(when: datetime | None) -> str:
+    """Return a moment in the time zone of whoever reads it."""
+    return "-" if when is None else f"{when.astimezone():%Y-%m-%d %H:%M:%S}"
+
+
+def write(found: object) -> None:
+    """Write JSON."""
+    typer.echo(json.dumps(found, indent=2, default=lambda value: value.isoformat()))
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write rows under titles."""
+    cells = [[plain(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        made = Table(*titles, box=None, pad_edge=False)
+        for row in cells:
+            made.add_row(*row)
+        Console(highlight=False, markup=False).print(made)
+        return
+    # Piped into a file or another program, a line is as long as it has to be, and there may be thousands.
+    lines = [list(titles), *cells]
+    widths = [max(cell_len(row[place]) for row in lines) for place in range(len(titles))]
+    for row in lines:
+        padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
+        typer.echo("  ".join(padded).rstrip())
+
+
+def plain(value: object) -> str:
+    """Return it as text in one line, that moves no cursor: keys and messages come from anywhere."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(value))
