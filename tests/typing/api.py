@@ -28,6 +28,7 @@ from pgebus import (
     SystemHealth,
     SystemState,
     metadata,
+    operations,
     publish_event,
     publish_events,
 )
@@ -191,3 +192,19 @@ async def run() -> None:
         )
     assert_type(await EventSystem(router, settings).run(), None)
     assert_type(RetryPolicy(max_attempts=3).delay(1), timedelta)
+
+
+# Operating.
+async def operate(session: AsyncSession) -> None:
+    """What a person does, with filters that are keywords."""
+    redriven = await operations.redrive(session, group="mail", event_type="order.*", limit=10)
+    assert_type(redriven, list[operations.Changed])
+    assert_type([(each.event_id, each.group, each.was) for each in redriven], list[tuple[int, str, str | None]])
+    await operations.cancel(session, status="running", event_ids=[each.event_id for each in redriven])
+    assert_type(await operations.prune(session, timedelta(days=7)), int)
+    assert_type((await operations.purge_payload(session, key="customer-7")).event_ids, tuple[int, ...])
+    shown = await operations.show_event(session, 7)
+    assert_type(shown.deliveries if shown else (), tuple[operations.DeliveryState, ...])
+    await operations.redrive(session, grup="mail")  # type: ignore[call-arg]  # misspelt
+    await operations.replay(session, "mail", group="mail")  # type: ignore[misc]  # said twice
+    await operations.purge_payload(session, group="mail")  # type: ignore[call-arg]  # an event has no group

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import pgebus
+from pgebus import operations
 
 NAMES = [
     "ConfigurationError",
@@ -97,6 +98,25 @@ SIGNATURES = {
         "priority=None, **columns)"
     ),
     "EventPublisher.close": "(self)",
+    "operations.list_deliveries": "(session, *, status=None, after=None, limit=100, **filters)",
+    "operations.count_deliveries": "(session, *, status=None, **filters)",
+    "operations.show_event": "(session, event_id)",
+    "operations.redrive": "(session, *, limit=1000, reason=None, by=None, **filters)",
+    "operations.replay": (
+        "(session, group, channel='events', *, after=0, missing=True, finished_after=None, finished_before=None, "
+        "limit=1000, reason=None, by=None, **filters)"
+    ),
+    "operations.cancel": "(session, *, status=None, limit=1000, reason=None, by=None, **filters)",
+    "operations.release_key": "(session, group, key, channel='events', *, reason=None, by=None)",
+    "operations.prune": "(session, older_than, *, limit=1000)",
+    "operations.purge_payload": "(session, *, channel=None, limit=1000, **filters)",
+    "operations.blocked_keys": "(session, channel=None, group=None, limit=100)",
+    "operations.list_groups": "(session, channel=None)",
+    "operations.pause_group": "(session, group, channel='events')",
+    "operations.resume_group": "(session, group, channel='events')",
+    "operations.limit_group": "(session, group, max_running, channel='events')",
+    "operations.remove_group": "(session, group, channel='events')",
+    "operations.remove_pattern": "(session, group, pattern, channel='events')",
     "Retry": "(delay=None)",
     "Snooze": "(delay)",
     "Reject": "(reason)",
@@ -173,6 +193,14 @@ def test_the_public_names_are_these() -> None:
 @pytest.mark.parametrize(("path", "signature"), SIGNATURES.items(), ids=SIGNATURES)
 def test_a_signature_is_what_callers_rely_on(path: str, signature: str) -> None:
     assert shown(found(path)) == signature
+
+
+def test_every_operation_is_pinned_documented_and_awaited() -> None:
+    assert operations.__all__ == sorted(operations.__all__)
+    verbs = {name for name in operations.__all__ if inspect.isroutine(getattr(operations, name))}
+    assert verbs == {path.removeprefix("operations.") for path in SIGNATURES if path.startswith("operations.")}
+    assert all(inspect.iscoroutinefunction(getattr(operations, name)) for name in verbs)
+    assert all((getattr(operations, name).__doc__ or "").strip() for name in operations.__all__)
 
 
 @pytest.mark.parametrize("path", AWAITED)
