@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
+import pytest
+from sqlalchemy.ext.asyncio import AsyncSession
 from tests.postgres.plain_sql import Sql, subscribe
 from tests.postgres.states import STATES, deliver, event_in
 
 from pgebus import DatabaseSessionManager, operations
 from pgebus._runtime.statements import Statements
+from pgebus.operations import _statements, purging
 
 UNFINISHED = ("pending", "blocked", "running", "unhandled")
 
@@ -91,7 +96,29 @@ async def test_a_dead_letter_that_is_erased_lets_go_of_its_key(sm: DatabaseSessi
     assert await sql.fetchval("SELECT status FROM pgebus.deliveries WHERE event_id = $1", waiting) == "pending"
 
 
+async def test_what_is_redriven_at_this_moment_keeps_its_payload(
+    sm: DatabaseSessionManager, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was dead when it was looked for, and is to be handled when it is about to be emptied."""
+    event_id = await event_in(sql, "dead")
+    fetch = _statements.fetch
+
+    async def late(session: AsyncSession, statement: str, **parameters: Any) -> Sequence[Any]:
+        if "d.ctid" in statement:
+            async with sm.session() as other:
+                assert await operations.redrive(other)
+                await other.commit()
+        return await fetch(session, statement, **parameters)
+
+    monkeypatch.setattr(purging, "fetch", late)
+    async with sm.session() as session:
+        assert await operations.purge_payload(session, event_ids=[event_id]) == operations.Purged((), (event_id,))
+        await session.commit()
+    assert await sql.fetchval("SELECT payload::text FROM pgebus.events") == '{"name": "Ada"}'
+
+
 async def test_a_batch_is_bounded(sm: DatabaseSessionManager, sql: Sql) -> None:
+    await event_in(sql, "pending")  # takes no place in a batch
     ids = [await event_in(sql, "dead") for _ in range(3)]
     async with sm.session() as session:
         assert (await operations.purge_payload(session, event_type="a.*", limit=2)).event_ids == tuple(ids[:2])

@@ -14,9 +14,10 @@ from tests.postgres.plain_sql import Sql, subscribe
 from pgebus import DatabaseSessionManager, operations
 
 HISTORY: Final = 60_000
-DEAD: Final = 200
+DEAD: Final = range(1_000, 11_000)
 
-# A history, what died among it long ago, a key that is held and for which a hundred wait, and some that are running.
+# A history, what died in its early days, a key that is held and for which a hundred wait, and some that are running.
+# Whoever walks the ids from the newest one on, for the dead ones, walks far.
 FILL: Final = f"""
 SET session_replication_role = replica;
 INSERT INTO pgebus.events (type, key, payload) SELECT 'a.b', CASE WHEN n > {HISTORY} THEN 'k' END, '{{"n": 1}}'
@@ -27,7 +28,8 @@ SELECT n, now(), 'events', 'default', 'a.b', CASE WHEN n > {HISTORY} THEN 'k' EN
   CASE WHEN status IN ('completed', 'dead') THEN now() END, n = {HISTORY} + 1,
   CASE WHEN status = 'running' THEN 1 END, CASE WHEN status = 'running' THEN now() END
 FROM generate_series(1, {HISTORY} + 120) n, LATERAL (SELECT CASE
-  WHEN n = {HISTORY} + 1 THEN 'dead' WHEN n > {HISTORY} THEN 'blocked' WHEN n % ({HISTORY} / {DEAD}) = 0 THEN 'dead'
+  WHEN n = {HISTORY} + 1 THEN 'dead' WHEN n > {HISTORY} THEN 'blocked'
+  WHEN n BETWEEN {DEAD.start} AND {DEAD.stop - 1} THEN 'dead'
   WHEN n <= 20 THEN 'running' ELSE 'completed' END AS status) s;
 RESET session_replication_role;
 """
@@ -54,13 +56,13 @@ CALLS: Final[dict[str, tuple[Call, int]]] = {
     ),
     "count dead": (lambda s: operations.count_deliveries(s, status="dead"), 400),
     "show": (lambda s: operations.show_event(s, 100), 30),
-    "redrive one": (lambda s: operations.redrive(s, event_ids=[HISTORY // DEAD]), 150),
+    "redrive one": (lambda s: operations.redrive(s, event_ids=[DEAD.start]), 150),
     "redrive some": (lambda s: operations.redrive(s, group="default", limit=10), 1_200),
     "cancel one": (lambda s: operations.cancel(s, event_ids=[1]), 150),
     "cancel running": (lambda s: operations.cancel(s, status="running", limit=10), 700),
-    "replay some": (lambda s: operations.replay(s, "default", after=1_000, limit=10), 900),
+    "replay some": (lambda s: operations.replay(s, "default", after=DEAD.stop, limit=10), 900),
     "release": (lambda s: operations.release_key(s, "default", "k"), 400),
-    "purge one": (lambda s: operations.purge_payload(s, event_ids=[1_000]), 200),
+    "purge one": (lambda s: operations.purge_payload(s, event_ids=[DEAD.start]), 200),
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import text
 
 from pgebus import DatabaseSessionManager, DatabaseSettings, EventContext, EventRouter, Reject, operations
+from pgebus._runtime import claiming
 from tests.system.bus import Sql, delivery, finished, publish, running
 from tests.system.conftest import Spawn
 from tests.system.processes import Inquest, rescuing
@@ -32,8 +33,14 @@ class Clinic:
         self.seen.append(ctx.event_id)
 
 
+@pytest.fixture
+def heavy_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the workers look for nothing unasked until they poll, in 30 s: whatever they find, they were woken for."""
+    monkeypatch.setattr(claiming, "next_look", lambda _idle_for, poll_interval: poll_interval)
+
+
 async def asleep(sql: Sql) -> None:
-    """Wait until the worker sleeps, and has looked for the last time: from now on it is woken, or polls in 30 s."""
+    """Wait until the worker sleeps."""
     await until(lambda: sql.fetchval("SELECT bool_and(idle) AND count(*) > 0 FROM pgebus.workers"))
 
 
@@ -54,10 +61,10 @@ async def fill(sql: Sql, count: int, *, status: str = "dead", key: str | None = 
     return sorted(row["id"] for row in rows)
 
 
+@pytest.mark.usefixtures("heavy_sleep")
 async def test_a_sleeping_worker_starts_at_once(
     database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql
 ) -> None:
-    """It polls every 30 s here, and each verb has to wake it: what it waits for would come far too late."""
     clinic = Clinic()
     async with running(clinic.router, database):
         event_id = await publish(sm, "a.b")
@@ -77,6 +84,7 @@ async def test_a_sleeping_worker_starts_at_once(
 
 
 @pytest.mark.parametrize("verb", ["cancel", "release_key"])
+@pytest.mark.usefixtures("heavy_sleep")
 async def test_whoever_waits_for_a_key_starts_at_once(
     verb: str, database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql
 ) -> None:
