@@ -58,6 +58,7 @@ CASES: Final = {
         4_000,
     ),
     "claim_suspect": Case(STATEMENTS.claim_suspect, f"1, 'events', {_GROUPS}, 1", 300),
+    "claim_lost_once": Case(STATEMENTS.claim_lost_once, f"1, 'events', {_GROUPS}, 100", 300),
     "suspects": Case(STATEMENTS.suspects, f"'events', {_GROUPS}", 100),
     "next_due": Case(STATEMENTS.next_due, f"'events', {_GROUPS}", 300),
     "complete": Case(STATEMENTS.complete, _LEASES, 4_000),

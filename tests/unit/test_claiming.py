@@ -17,7 +17,7 @@ import asyncpg
 import pytest
 
 from pgebus._runtime.acknowledging import Acknowledger
-from pgebus._runtime.claiming import MAX_AHEAD, Claimer, Rate
+from pgebus._runtime.claiming import MAX_AHEAD, MOST_SUSPECTS, Claimer, Rate
 from pgebus._runtime.dispatching import Dispatcher, Following
 from pgebus._runtime.leases import Fence, Holdings, Lane, Lease, Place
 from pgebus._runtime.outcome import Committed, Complete, Outcome
@@ -41,6 +41,7 @@ class Shelf(Store):
         self.unhandled: deque[int] = deque()
         self.limited = self.locked = False
         self.limits: list[int] = []
+        self.taken: list[tuple[int, int]] = []  # by the last claim of those that were lost once
         self.running: dict[int, Fence] = {}
         self.lost: dict[int, int] = {}
         self.answering = asyncio.Event()
@@ -64,6 +65,10 @@ class Shelf(Store):
         if not groups:
             return []
         return await self._claim(worker_id, groups[0], [item for item in self.pending if item[1] > 0][:1])
+
+    async def claim_lost_once(self, worker_id: int, groups: Sequence[str], limit: int) -> list[Lease]:
+        self.taken = [item for item in self.pending if item[1] == 1][:limit]
+        return await self._claim(worker_id, groups[0], self.taken)
 
     async def suspects(self, groups: Sequence[str]) -> bool:
         return any(lost for _, lost in self.pending)
@@ -677,20 +682,57 @@ async def test_a_suspect_that_another_worker_takes_keeps_nobody_waiting(
     bench: Bench, standing_still: Time, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def too_late(worker_id: int, groups: Sequence[str]) -> list[Lease]:
-        bench.store.pending.remove((2, 1))
+        bench.store.pending.remove((2, 2))
         return []
 
     monkeypatch.setattr(bench.store, "claim_suspect", too_late)
     bench.store.add(1)
-    bench.store.add(2, lost=1)
+    bench.store.add(2, lost=2)
     async with bench.runs():
         await bench.done(1)
     assert bench.began == [1]
 
 
-async def test_suspects_run_one_after_the_other() -> None:
-    bench = Bench(slots=5)
-    bench.store.add(1, 2, 3, lost=1)
+async def test_what_one_worker_died_with_runs_together_and_nothing_beside_it(standing_still: Time) -> None:
+    """One of them at most is to blame; so many at once as there are slots, and more where they are fast."""
+    bench = Bench(slots=3)
+    bench.store.add(*range(1, 7), lost=1)
+    bench.hands.hold(*range(1, 7))
+    async with bench.runs():
+        await until(lambda: bench.hands.busy == {1, 2, 3})
+        bench.store.add(9)
+        bench.wakeup.look()
+        await come_to_rest()
+        assert len(bench.holdings) == 3
+        for event_id in (1, 2, 3):
+            bench.hands.held[event_id].set()
+        await bench.done(3)
+        await pass_by(bench, standing_still, 2.0)
+        for event_id in (4, 5, 6):
+            bench.hands.held[event_id].set()
+        await bench.done(7)
+    assert bench.hands.most == 3
+    assert sorted(bench.began) == [1, 2, 3, 4, 5, 6, 9]
+
+
+async def test_fast_ones_are_taken_many_at_a_time_and_no_more_than_can_be_spared(standing_still: Time) -> None:
+    bench = Bench(slots=2)
+    bench.store.add(*range(1, 1 + 2 * MOST_SUSPECTS), lost=1)
+    most = 0
+    async with bench.runs():
+        for _ in range(100):
+            await pass_by(bench, standing_still, 0.1)
+            most = max(most, len(bench.store.taken))
+            bench.store.taken.clear()
+        await bench.done(2 * MOST_SUSPECTS)
+    assert 10 < most <= MOST_SUSPECTS
+
+
+@pytest.mark.parametrize(("ahead", "lost"), [(0, 1), (MAX_AHEAD, 2)])
+async def test_suspects_run_one_after_the_other(ahead: int, lost: int) -> None:
+    """What two workers have died with; and where two attempts are all that there are."""
+    bench = Bench(slots=5, ahead=ahead)
+    bench.store.add(1, 2, 3, lost=lost)
     async with bench.runs():
         await bench.done(3)
     assert sorted(bench.began) == [1, 2, 3]

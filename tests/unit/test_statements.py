@@ -85,6 +85,7 @@ def test_nothing_else_writes_on_a_running_delivery(name: str) -> None:
         "claim": "d.status = 'pending'",
         "claim_on": "d.status = 'pending'",
         "claim_suspect": "d.status = 'pending'",
+        "claim_lost_once": "d.status = 'pending'",
         "claim_limited": "d.status = 'pending'",
         "claim_limited_suspect": "d.status = 'pending'",
         "adopt": "d.status = 'unhandled'",
@@ -132,6 +133,7 @@ def test_what_a_worker_died_with_is_claimed_apart() -> None:
     assert PLAIN.claim.count("AND d.lost = 0") == 1
     assert PLAIN.claim_suspect.count("AND d.lost > 0") == 1
     assert PLAIN.claim.replace("d.lost = 0", "d.lost > 0") == PLAIN.claim_suspect
+    assert PLAIN.claim.replace("d.lost = 0", "d.lost = 1") == PLAIN.claim_lost_once
     assert PLAIN.claim_limited.replace("d.lost = 0", "d.lost > 0") == PLAIN.claim_limited_suspect
 
 
@@ -162,7 +164,7 @@ def test_who_asks_what_is_still_held_locks_nothing() -> None:
     assert fence in flat(PLAIN.still_held)
 
 
-CLAIMS = ["claim", "claim_on", "claim_suspect", "claim_limited", "claim_limited_suspect", "adopt"]
+CLAIMS = ["claim", "claim_on", "claim_suspect", "claim_lost_once", "claim_limited", "claim_limited_suspect", "adopt"]
 
 
 @pytest.mark.parametrize("name", CLAIMS)

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 MAX_AHEAD: Final = 1_000
 # With fewer attempts than that, nothing is held ahead.
 ATTEMPTS_TO_SPARE: Final = 3
+# How many deliveries that a worker died with are taken together, at most. When that kills another worker, each of them
+# has lost two attempts, and runs alone from then on.
+MOST_SUSPECTS: Final = 100
 # The idle flag is cleared at most this often, and unhandled types are looked up at most this often.
 FLAG_SECONDS: Final = 1.0
 ADOPT_SECONDS: Final = 1.0
@@ -127,7 +130,7 @@ class Claimer:
         self._buffer: deque[Lease] = deque()
         self._unbegun: set[Lease] = set()  # a task was made for it, and has not had its first step
         self._quarantine = Quarantine()
-        self._suspect: Lease | None = None  # the one that runs
+        self._suspects: set[Lease] = set()  # those that are in hand
         self._closed = False
         self._stretch_began = monotonic()
         self._turn = asyncio.Lock()
@@ -182,13 +185,16 @@ class Claimer:
     def give_back(self) -> None:
         """Release whatever was claimed and not started."""
         while self._buffer:
-            self._acknowledger.put(self._buffer.popleft(), Release())
+            lease = self._buffer.popleft()
+            self._acknowledger.put(lease, Release())
+            self._cleared(lease)
 
     def forget(self, worker_id: int) -> None:
         """Drop what was claimed in the name of *worker_id*: it was given to others."""
         for lease in self._buffer:
             if lease.fence.worker_id == worker_id:
                 self._acknowledger.put(lease, Lost())
+                self._cleared(lease)
         self._buffer = deque(lease for lease in self._buffer if lease.fence.worker_id != worker_id)
 
     async def _round(self, worker_id: int) -> float:
@@ -205,11 +211,12 @@ class Claimer:
         if now >= self._quarantine.look_at:
             self._quarantine.looked(await self._store.suspects(self._groups), now)
         if self._quarantine.may_start(now, len(self._holdings)):
-            await self._claim_suspect(worker_id)
+            await self._claim_suspects(worker_id)
         now = monotonic()
         if self._quarantine.closed(now):
             self._backlog = True
-            self.give_back()
+            if not self._suspects:
+                self.give_back()
             return min(self._poll_interval, max(0.001, self._quarantine.opens_at() - now))
         self._start_buffered()
         adopted = False
@@ -333,10 +340,18 @@ class Claimer:
         while self._buffer and len(self._crew) < self._slots:
             self._start(self._buffer.popleft())
 
-    async def _claim_suspect(self, worker_id: int) -> None:
-        """Take one delivery that a worker died with, and start it with nothing beside it."""
+    async def _claim_suspects(self, worker_id: int) -> None:
+        """Take deliveries that a worker died with, and start them with nothing else beside them.
+
+        Of all that it held one at most is to blame, so they run several at a time; what two have died with runs alone.
+        """
         groups = [group for group in self._groups if self._room_here(group, 1) > 0]
-        leases = await self._store.claim_suspect(worker_id, groups)
+        leases: list[Lease] = []
+        if self._most_ahead and not self._holdings:
+            together = min(MOST_SUSPECTS, self._slots + min(self._most_ahead, self._rate.per_second()))
+            wide = [group for group in groups if group not in self._here]
+            leases = await self._store.claim_lost_once(worker_id, wide, together) if wide else []
+        leases = leases or await self._store.claim_suspect(worker_id, groups)
         for group in groups:
             if not leases and group in self._limited:
                 leases = await self._claim_limited(worker_id, group, 1, suspect=True)
@@ -346,16 +361,19 @@ class Claimer:
                 self._quarantine.looked(found=False, now=monotonic())
             return
         self._holdings.add(leases)
-        (lease,) = leases
-        if self._closed:
-            self._acknowledger.put(lease, Release())
-        elif worker_id != self._presence.worker_id:
-            self._acknowledger.put(lease, Lost())
+        if self._closed or worker_id != self._presence.worker_id:
+            for lease in leases:
+                self._acknowledger.put(lease, Release() if self._closed else Lost())
+            return
+        if len(leases) == 1:
+            logger.info("Event %d starts alone: a worker died with it in hand.", leases[0].fence.event_id)
         else:
-            logger.info("Event %d starts alone: a worker died with it in hand.", lease.fence.event_id)
-            self._quarantine.started(monotonic())
-            self._suspect = lease
-            self._start(lease)
+            logger.info("%d events start with nothing else beside them: a worker died with them in hand.", len(leases))
+        self._quarantine.started(monotonic())
+        self._suspects.update(leases)
+        self._start(leases[0])  # also where no slot is free: it has waited for one long enough
+        self._buffer.extend(leases[1:])
+        self._start_buffered()
 
     def _start(self, lease: Lease) -> None:
         self._unbegun.add(lease)
@@ -423,11 +441,16 @@ class Claimer:
         return Release() if lease.fence.worker_id == self._presence.worker_id else Lost()
 
     def _conclude(self, lease: Lease, outcome: Outcome) -> None:
-        if lease is self._suspect:
-            self._suspect = None
-            self._quarantine.ended(monotonic())
+        self._cleared(lease)
         self._acknowledger.put(lease, outcome)
         self._wakeup.stir()
+
+    def _cleared(self, lease: Lease) -> None:
+        """Take note that *lease* is out of our hands, and has not ended this process."""
+        if lease in self._suspects:
+            self._suspects.discard(lease)
+            if not self._suspects:
+                self._quarantine.ended(monotonic())
 
     def settled(self, due_in: float | None) -> None:
         """An outcome was written, and perhaps a delivery is due again in *due_in* seconds."""

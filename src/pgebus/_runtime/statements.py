@@ -163,8 +163,10 @@ RETURNING {_LEASE}, {_EVENT}{selected}"""
         # The same from places in the middle of lanes: $5 groups, $6 priorities, $7 due times in microseconds since the
         # epoch, $8 event ids. Lanes that are not named begin at their beginning.
         self.claim_on: Final = claim("= 0", unlimited, going_on=True)
-        # A delivery in whose hands a worker died is taken one at a time, by a worker that can run it alone.
+        # Deliveries in whose hands a worker died are taken by a worker that runs nothing else beside them: several at
+        # once where it was one worker, and else one at a time.
         self.claim_suspect: Final = claim("> 0", unlimited)
+        self.claim_lost_once: Final = claim("= 1", unlimited)
         # The same for one group that is limited, in one transaction with the two that come before them: the lock makes
         # workers take turns, and the count is a statement of its own, so that it sees what the last one has claimed.
         self.claim_limited: Final = claim("= 0")

@@ -241,6 +241,12 @@ class Store:
         rows = await self._claimed(self._claiming().claim_suspect, worker_id, self._channel, list(groups), 1)
         return [Lease.from_row(row, worker_id) for row in rows]
 
+    async def claim_lost_once(self, worker_id: int, groups: Sequence[str], limit: int) -> list[Lease]:
+        """Claim up to *limit* due deliveries in whose hands one worker died."""
+        rows = await self._claimed(self._claiming().claim_lost_once, worker_id, self._channel, list(groups), limit)
+        rows.sort(key=lambda row: (row["lane"], row["due"], row["event_id"]))
+        return [Lease.from_row(row, worker_id) for row in rows]
+
     async def suspects(self, groups: Sequence[str]) -> bool:
         """Return whether such a delivery is due."""
         return bool(await self._line.value(self._sql.suspects, self._channel, list(groups)))
