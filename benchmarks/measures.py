@@ -258,6 +258,28 @@ def again(arena: Arena, plan: Plan) -> Table:
     return table
 
 
+def pinned(arena: Arena, plan: Plan) -> Table:
+    """A transaction held open for ten minutes, while 2,000 events a second are published and drained; measured once."""
+    events, every, rounds = plan.size(20_000), 10.0, max(4, int(60 * plan.scale))
+    with arena.database(PGEBUS) as dsn:
+        rates = []
+        held = arena.start(RAW, "hold", dsn)
+        began = time.monotonic()
+        for number in range(rounds):
+            arena.run(PGEBUS, "fill", dsn, events=events)
+            rates.append(_drained(arena, PGEBUS, dsn, events)["rate"])
+            time.sleep(max(0.0, began + every * (number + 1) - time.monotonic()))
+        held.kill()
+        held.wait()
+    table = Table(pinned.__doc__ or "", ("drain /s", "of the first two"))
+    steps = {f"minute {minute}": rates[minute * 6 - 2 : minute * 6] for minute in range(1, rounds // 6 + 1)}
+    table.rows = [
+        (name, (median(each), median(each) / median(rates[:2])))
+        for name, each in {"the first two": rates[:2], **steps}.items()
+    ]
+    return table
+
+
 def payloads(arena: Arena, plan: Plan) -> Table:
     """Write-ahead log per delivery, claim and completion, by the size of the payload."""
     events = plan.size(2_000)
@@ -319,5 +341,18 @@ def memory(arena: Arena, plan: Plan) -> Table:
 
 MEASURES: Final[dict[str, Callable[[Arena, Plan], Table]]] = {
     each.__name__: each
-    for each in (drain, transactional, publish, inside, notify, latency, scale, again, payloads, processes, memory)
+    for each in (
+        drain,
+        transactional,
+        publish,
+        inside,
+        notify,
+        latency,
+        scale,
+        again,
+        pinned,
+        payloads,
+        processes,
+        memory,
+    )
 }
