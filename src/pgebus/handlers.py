@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any, Final, get_args, get_origin, get_type_hints
@@ -75,7 +75,8 @@ class Handler:
     group: str = DEFAULT_GROUP
     timeout: timedelta | None = None
     retry: RetryPolicy | None = None
-    payload: TypeAdapter[Any] | None = None
+    # Follows from the function; two adapters of one type are not equal.
+    payload: TypeAdapter[Any] | None = field(default=None, compare=False)
     threaded: bool = False
     cron: Cron | None = None
 

@@ -152,3 +152,14 @@ def test_a_handler_may_use_names_around_it_that_have_no_value_yet() -> None:
     adapter = router.routes()[0].handler.payload
     assert adapter is not None
     assert adapter.validate_json('{"n": 1}') == Local(n=1)
+
+
+def test_a_handler_with_a_validated_payload_may_have_paths_that_overlap() -> None:
+    """The type is the function's own, so both registrations have the same options."""
+
+    async def handler(ctx: EventContext, payload: Placed) -> None: ...
+
+    router = EventRouter()
+    router.on("order.*")(handler)
+    router.on("order.placed")(handler)
+    assert [each.function for each in router.handlers_for("order.placed")] == [handler]
