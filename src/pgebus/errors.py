@@ -22,6 +22,7 @@ The errors of PostgreSQL and of SQLAlchemy are not wrapped: what only the server
     ├── RetryTransactionError (RuntimeError)    a duplicate is there, and this transaction cannot see it
     ├── SessionStateError (RuntimeError)        a session that cannot publish: two-phase, autocommit, read-only, …
     │   └── SessionTypeError (TypeError)        no session at all
+    ├── MiddlewareError (RuntimeError)          a middleware that called the next one twice, or never
     ├── StateError (RuntimeError)               start() after stop(), session after close()
     ├── SchemaMismatchError                     the tables are missing, too old or too new
     ├── SessionControlError (RuntimeError)      commit(), rollback(), close() … on ctx.session
@@ -47,6 +48,7 @@ __all__ = [
     "InvalidRunAtError",
     "InvalidSchemaError",
     "LeaseLostError",
+    "MiddlewareError",
     "PayloadTooLargeError",
     "PayloadValidationError",
     "PgebusError",
@@ -208,6 +210,10 @@ class SessionStateError(PgebusError, RuntimeError, DontWrapMixin):
 
 class SessionTypeError(SessionStateError, TypeError):
     """What was passed as a session is none."""
+
+
+class MiddlewareError(DontWrapMixin, PgebusError, RuntimeError):
+    """A middleware called the next one twice, never, too late or with another object; or a statement goes around it."""
 
 
 class StateError(PgebusError, RuntimeError):

@@ -5,29 +5,32 @@ It looks at functions and calls none.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import sys
 from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from types import FunctionType, MethodType, SimpleNamespace
-from typing import Any, Final, get_args, get_origin, get_type_hints
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Concatenate, Final, get_args, get_origin
 
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
 
+from pgebus._parameters import UNRESOLVED, called_by, dependencies_of, evaluated, shown, signature_of
 from pgebus.cron import Cron
 from pgebus.errors import ConfigurationError, InvalidHandlerError
 from pgebus.groups import DEFAULT_GROUP
+from pgebus.middleware import Around, HandleMiddleware
 from pgebus.names import MAX_EVENT_TYPE_BYTES
 from pgebus.retry import MAX_DELAY, RetryPolicy
+
+if TYPE_CHECKING:
+    from pgebus.depends import Dependencies
 
 # As long as an event type: stable names are stored with each delivery.
 MAX_HANDLER_NAME_BYTES: Final = MAX_EVENT_TYPE_BYTES
 
-HandlerFunction = Callable[[Any, Any], object]
+# The others are dependencies, or have defaults.
+HandlerFunction = Callable[Concatenate[Any, Any, ...], object]
 
 # Annotations for which the payload is passed as it is, unless they say more of what is in it.
 _TAKES_THE_DICT: Final = (Any, object, dict, Mapping, MutableMapping)
@@ -42,14 +45,6 @@ _NO_OBJECTS: Final = frozenset(
 )  # fmt: skip
 # And what looks for one inside.
 _WRAPPERS: Final = frozenset({"default", "definitions", "function-after", "nullable"})
-
-if sys.version_info >= (3, 14):
-    from annotationlib import Format
-
-    # Annotations are evaluated on demand there; one that is imported for type checkers only would raise.
-    _signature = functools.partial(inspect.signature, annotation_format=Format.STRING)
-else:
-    _signature = inspect.signature
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +62,9 @@ class Handler:
         payload: Makes its second argument from the payload; None passes the dict.
         threaded: Whether it is a plain function, which runs in a thread.
         cron: When the clock publishes an event for it; None is never.
+        dependencies: What it takes besides; None is nothing.
+        around: What a plain function with middleware or dependencies is called through; for a coroutine function
+            `function` goes through it by itself.
     """
 
     name: str
@@ -79,6 +77,18 @@ class Handler:
     payload: TypeAdapter[Any] | None = field(default=None, compare=False)
     threaded: bool = False
     cron: Cron | None = None
+    dependencies: Dependencies | None = field(default=None, compare=False)
+    around: Around | None = field(default=None, compare=False)
+
+    def behind(self, middleware: tuple[HandleMiddleware, ...]) -> Handler:
+        """Return it as it is to be called: through *middleware* and with its dependencies, where there are any."""
+        if not middleware and self.dependencies is None:
+            return self
+        around = Around(middleware, self.dependencies)
+        if self.threaded:
+            return replace(self, around=around)
+        function: Any = self.function
+        return replace(self, function=around.wrap(function), around=around)
 
 
 def make_handler(
@@ -92,14 +102,15 @@ def make_handler(
     """Return *function* as a handler, without its group.
 
     Raises:
-        InvalidHandlerError: If it cannot be called with two positional arguments, is a generator, has no name of its
-            own and is given none, or its second parameter has an annotation that no payload can be made from; or if it
-            is a plain function and transactional.
+        InvalidHandlerError: If it cannot be called with two positional arguments and dependencies, is a generator, has
+            no name of its own and is given none, or its second parameter has an annotation that no payload can be made
+            from; or if it is a plain function and transactional; or if a dependency cannot be made.
+        ConfigurationError: If it has dependencies, and fast-depends is not installed.
     """
-    threaded = _check_callable(function)
+    threaded, dependencies = _check_callable(function)
     if threaded and transactional:
         raise InvalidHandlerError(
-            f"{_shown(function)} is a plain function, which runs in a thread, and a transaction belongs to one task: "
+            f"{shown(function)} is a plain function, which runs in a thread, and a transaction belongs to one task: "
             "write 'async def' for a transactional handler."
         )
     return Handler(
@@ -110,6 +121,7 @@ def make_handler(
         retry=retry,
         payload=_payload_adapter(function),
         threaded=threaded,
+        dependencies=dependencies,
     )
 
 
@@ -137,24 +149,34 @@ def is_same_function(one: object, other: object) -> bool:
     return one is other
 
 
-def _check_callable(function: object) -> bool:
-    """Refuse what cannot be called as `function(ctx, payload)`; tell whether it needs a thread."""
+def _check_callable(function: object) -> tuple[bool, Dependencies | None]:
+    """Refuse what cannot be called as `function(ctx, payload)`; tell whether it needs a thread, and what else."""
     problem, threaded = _problem_with(function)
     if problem is not None:
-        raise InvalidHandlerError(f"{_shown(function)} {problem}. A handler is 'async def handler(ctx, payload)'.")
+        raise InvalidHandlerError(f"{shown(function)} {problem}. A handler is 'async def handler(ctx, payload)'.")
     try:
         # The annotations of a handler need not resolve, and what a decorator hides is the decorator's affair.
-        _signature(function, follow_wrapped=False).bind(None, None)  # type: ignore[arg-type]  # _problem_with() made sure it is callable
+        signature = signature_of(function, follow_wrapped=False)  # type: ignore[arg-type]  # _problem_with() made sure it is callable
+        wanted = dependencies_of(function, signature)
+        signature.bind(None, None, **{name: None for name in wanted if name in signature.parameters})
     except TypeError as error:
         raise InvalidHandlerError(
-            f"{_shown(function)} cannot be called with two positional arguments ({error}). "
-            "A handler is 'async def handler(ctx, payload)'; further parameters need defaults."
+            f"{shown(function)} cannot be called with two positional arguments ({error}). "
+            "A handler is 'async def handler(ctx, payload)'; further parameters need Depends(), or defaults."
         ) from error
     except ValueError as error:
         raise InvalidHandlerError(
-            f"{_shown(function)} has no signature that can be checked. A handler is 'async def handler(ctx, payload)'."
+            f"{shown(function)} has no signature that can be checked. A handler is 'async def handler(ctx, payload)'."
         ) from error
-    return threaded
+    return threaded, _dependencies(function, wanted)
+
+
+def _dependencies(function: object, wanted: dict[str, Any]) -> Dependencies | None:
+    if not wanted:
+        return None
+    from pgebus.depends import Dependencies
+
+    return Dependencies(shown(function), wanted)
 
 
 def _problem_with(function: object) -> tuple[str | None, bool]:
@@ -166,7 +188,7 @@ def _problem_with(function: object) -> tuple[str | None, bool]:
         return "is a class: register an instance with a __call__, or a method", False
     if not callable(function):
         return "is not callable", False
-    called = _called(function)
+    called = called_by(function)
     if inspect.iscoroutinefunction(called):
         return None, False
     if isinstance(called, type):
@@ -176,16 +198,6 @@ def _problem_with(function: object) -> tuple[str | None, bool]:
     if inspect.iscoroutinefunction(inspect.unwrap(called)):
         return "wraps a coroutine function in a plain one: make the wrapper 'async def' too", False
     return None, True
-
-
-def _called(function: Any) -> Any:
-    """Return what is called in the end: behind partials, and the method of an object."""
-    called = function
-    while isinstance(called, functools.partial):
-        called = called.func
-    if not isinstance(called, type) and not inspect.isroutine(called):
-        called = called if inspect.iscoroutinefunction(called) else type(called).__call__
-    return called
 
 
 def _payload_adapter(function: Any) -> TypeAdapter[Any] | None:
@@ -202,12 +214,12 @@ def _payload_adapter(function: Any) -> TypeAdapter[Any] | None:
         fits = _may_fit_an_object(adapter.core_schema)
     except (PydanticUserError, TypeError) as error:
         raise InvalidHandlerError(
-            f"{_shown(function)} takes a payload of a type that none can be made from: {_first_line(error)}. Annotate "
+            f"{shown(function)} takes a payload of a type that none can be made from: {_first_line(error)}. Annotate "
             "it with dict, a pydantic model, a dataclass or a TypedDict, and define all of it above the handler."
         ) from error
     if not fits:
         raise InvalidHandlerError(
-            f"{_shown(function)} takes a payload of type {inspect.formatannotation(wanted)[:80]}, which none will ever "
+            f"{shown(function)} takes a payload of type {inspect.formatannotation(wanted)[:80]}, which none will ever "
             "fit: a payload is a JSON object. Annotate it with dict, a pydantic model, a dataclass or a TypedDict."
         )
     return adapter
@@ -219,7 +231,7 @@ def _payload_annotation(function: Any) -> Any:
     for follow_wrapped in (False, True):
         parameters = [
             each
-            for each in _signature(function, follow_wrapped=follow_wrapped).parameters.values()
+            for each in signature_of(function, follow_wrapped=follow_wrapped).parameters.values()
             if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD, each.VAR_POSITIONAL)
         ]
         # With *args, the payload is one of them.
@@ -250,41 +262,19 @@ def _resolved(function: Any, annotation: Any) -> Any:
     """Return the annotation as an object; the others of the function need not be there at run time."""
     if not isinstance(annotation, str):
         return annotation
-    outer = _function_of(function)
-    # A decorator's wrapper has the annotations of what it wraps, which were written among other names.
-    inner = _function_of(inspect.unwrap(outer))
-    known: dict[str, Any] = {**getattr(outer, "__globals__", {}), **getattr(inner, "__globals__", {})}
     try:
-        hints = get_type_hints(
-            SimpleNamespace(__annotations__={"payload": annotation}), known, _names_around(inner), include_extras=True
-        )
-    except (NameError, SyntaxError, AttributeError, TypeError) as error:
+        return evaluated(function, annotation)
+    except UNRESOLVED as error:
         raise InvalidHandlerError(
-            f"{_shown(function)}: the annotation {annotation[:80]!r} of its payload cannot be resolved ({error}). "
+            f"{shown(function)}: the annotation {annotation[:80]!r} of its payload cannot be resolved ({error}). "
             "Import the type at run time, at the top of the module; or annotate with dict to get the dict."
         ) from error
-    return hints["payload"]
-
-
-def _names_around(function: Any) -> dict[str, Any]:
-    """Return the names of the functions around it that its own body uses, as far as they have a value by now."""
-    names: dict[str, Any] = {}
-    if isinstance(function, FunctionType):
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            with suppress(ValueError):  # assigned later: the function itself, for one
-                names[name] = cell.cell_contents
-    return names
-
-
-def _function_of(function: Any) -> Any:
-    called = _called(function)
-    return getattr(called, "__func__", called)
 
 
 def _name_of(function: object) -> str:
     module, qualified = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     if not isinstance(qualified, str) or not isinstance(module, str):
-        raise InvalidHandlerError(f"{_shown(function)} has no name of its own. Give it one: on(..., name=...).")
+        raise InvalidHandlerError(f"{shown(function)} has no name of its own. Give it one: on(..., name=...).")
     if qualified.endswith("<lambda>"):
         raise InvalidHandlerError("A lambda has no stable name. Give it one: on(..., name=...).")
     return _checked_name(f"{module}.{qualified}")
@@ -303,12 +293,6 @@ def _checked_name(name: object) -> str:
             f"{name[:80]!r} is not. Give it another: on(..., name=...)."
         )
     return name
-
-
-def _shown(function: object) -> str:
-    """Return what a message calls it; never its repr, which may hold anything."""
-    qualified = getattr(function, "__qualname__", None)
-    return f"{qualified[:120]!r}" if isinstance(qualified, str) else f"An object of type {_type_name(function)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from operator import attrgetter
 from typing import Any, Final, TypeVar
@@ -19,12 +19,14 @@ from pgebus.cron import Cron, Missed, make_cron
 from pgebus.errors import ConfigurationError, DuplicateHandlerError, InvalidEventTypeError
 from pgebus.groups import DEFAULT_GROUP, Group, group_of
 from pgebus.handlers import Handler, HandlerFunction, check_options, is_same_function, make_handler
+from pgebus.middleware import HandleMiddleware, check_handle_middleware
 from pgebus.models import Event
 from pgebus.names import check_event_type
 from pgebus.patterns import PatternIndex, check_pattern, is_pattern, overlap
 from pgebus.retry import RetryPolicy
 
 _F = TypeVar("_F", bound=HandlerFunction)
+_M = TypeVar("_M", bound=HandleMiddleware)
 
 _numbers: Final = itertools.count()
 _by_number: Final = attrgetter("number")
@@ -50,8 +52,10 @@ class _Registration:
     group: Group | None = None
     # A class of events names its full type: prefixes do not apply.
     absolute: bool = False
+    # The middleware of the routers on the way to it, the outermost first: lists that grow.
+    layers: tuple[list[HandleMiddleware], ...] = field(default=(), compare=False)
 
-    def under(self, prefix: str, group: Group | None) -> _Registration:
+    def under(self, prefix: str, group: Group | None, layers: tuple[list[HandleMiddleware], ...] = ()) -> _Registration:
         """Return the same, as seen from a router above."""
         pattern, handler = self.route.pattern, self.route.handler
         if prefix and not self.absolute:
@@ -60,9 +64,13 @@ class _Registration:
             group = self.group
         elif group is not None:
             handler = replace(handler, group=group.name)
-        if pattern == self.route.pattern and group is self.group:
+        if pattern == self.route.pattern and group is self.group and not layers:
             return self
-        return _Registration(self.number, Route(pattern, handler), group, self.absolute)
+        return _Registration(self.number, Route(pattern, handler), group, self.absolute, layers + self.layers)
+
+    def called(self) -> Handler:
+        """Return its handler as it is to be called."""
+        return self.route.handler.behind(tuple(itertools.chain.from_iterable(self.layers)))
 
 
 class EventRouter:
@@ -95,6 +103,7 @@ class EventRouter:
         # By group and name: routes with a pattern, and all of them.
         self._named: dict[tuple[str, str], tuple[list[Route], list[Route]]] = {}
         self._groups: dict[str, Group] = {}
+        self._middleware: list[HandleMiddleware] = []
         self._resolved: dict[tuple[str, str], tuple[Handler, ...]] = {}
         # Downwards strong: what is pushed up passes through them, and nobody else may hold the ones between.
         self._children: list[EventRouter] = []
@@ -122,7 +131,8 @@ class EventRouter:
     ) -> Callable[[_F], _F]:
         """Register the decorated function for events of type *path*, under this router's prefix.
 
-        The function is called as `handler(ctx, payload)`, and is returned unchanged, so it can be registered
+        The function is called as `handler(ctx, payload)`, and with its dependencies (`pgebus.depends`), and is returned
+        unchanged, so it can be registered
         for several paths. Handlers of one event run in the order in which this process registered them; one that
         is registered for several paths that match, in one group, runs once.
 
@@ -157,7 +167,8 @@ class EventRouter:
         Raises:
             InvalidEventTypeError: If *path* is neither dotted words nor a pattern, or too long with its prefixes; or a
                 class that declares no event type.
-            InvalidHandlerError: If the function cannot be called with two positional arguments, is a generator, has no
+            InvalidHandlerError: If the function cannot be called with two positional arguments and its dependencies, a
+                dependency of it cannot be made, it is a generator, has no
                 name of its own and is given none, is plain and transactional, or annotates its payload with a type that
                 none can be made from, that is not fully defined yet, or that no JSON object can fit.
             DuplicateHandlerError: If the group has this handler for the path, or another of its name for a path that
@@ -252,6 +263,36 @@ class EventRouter:
 
         return register
 
+    def middleware(self, function: _M) -> _M:
+        """Run *function* around every handler at and below this router, also those of before; also as a decorator.
+
+        It is called as `await function(ctx, call_next)`, once for each call of a handler, and awaits `call_next(ctx)`
+        once, which calls the next middleware or the handler: that of the outermost router first, in one router that
+        which was registered first. What the handler raises passes through it, Retry, Snooze and Reject as well. What
+        it raises itself is a failure of that handler. It runs in the task, the transaction and the timeout of the
+        handler; of a plain function the timeout is that of the function alone. A handler that several paths lead to
+        runs once, behind the middleware of the path that was registered first.
+
+        Where it has not called `call_next()`, or has called it again, the handler has failed with a `MiddlewareError`;
+        where it has swallowed a cancellation, that goes on.
+
+        Args:
+            function: The middleware, a coroutine function.
+
+        Returns:
+            The same function.
+
+        Raises:
+            ConfigurationError: If it cannot be called like this, or is a middleware of this router already.
+        """
+        check_handle_middleware(function)
+        if function in self._middleware:
+            raise ConfigurationError(f"{self!r} has this middleware already. Remove the second registration.")
+        self._middleware.append(function)
+        for router, _, _, _ in self._ancestors():
+            router._resolved.clear()
+        return function
+
     def include_router(self, other: EventRouter, *, prefix: str = "", group: str | Group | None = None) -> None:
         """Make the handlers of *other* those of this router too, now and in future.
 
@@ -271,7 +312,7 @@ class EventRouter:
         if not isinstance(other, EventRouter):
             raise ConfigurationError(f"include_router() takes an EventRouter, not {_type_name(other)}.")
         between, chosen = _joined(self._prefix, _checked_prefix(prefix)), group_of(group)
-        if other is self or any(router is other for router, _, _ in self._ancestors()):
+        if other is self or any(router is other for router, _, _, _ in self._ancestors()):
             raise ConfigurationError(
                 f"{other!r} cannot be included here: it is this router, or includes it. Remove the cycle."
             )
@@ -300,8 +341,8 @@ class EventRouter:
         resolved = self._resolved.get((event_type, group))
         if resolved is None:
             # By name: a handler that several of its paths lead to runs once.
-            found = {each.handler.name: each.handler for each in reversed(self.matching(event_type, group))}
-            resolved = tuple(reversed(found.values()))
+            found = {each.route.handler.name: each for each in reversed(self._matching(event_type, group))}
+            resolved = tuple(each.called() for each in reversed(found.values()))
             if resolved:  # what nobody handles is not remembered: event types come from outside
                 if len(self._resolved) >= MAX_RESOLVED:  # and a pattern takes any number of them
                     self._resolved.clear()
@@ -310,21 +351,28 @@ class EventRouter:
 
     def matching(self, event_type: str, group: str | None = None) -> list[Route]:
         """Return the routes, of *group* or of all groups, that match an event type, in the order of registration."""
+        return [each.route for each in self._matching(event_type, group)]
+
+    def _matching(self, event_type: str, group: str | None) -> list[_Registration]:
         patterns = self._patterns.find(event_type)
         if not is_pattern(event_type):
             patterns.append(event_type)
         found = sorted((each for pattern in patterns for each in self._table.get(pattern, ())), key=_by_number)
-        return [each.route for each in found if group is None or each.route.handler.group == group]
+        return [each for each in found if group is None or each.route.handler.group == group]
 
     def _ancestors(
-        self, prefix: str = "", group: Group | None = None
-    ) -> Iterator[tuple[EventRouter, str, Group | None]]:
-        """Yield this router and every router above it, with what stands before our paths there, and our group."""
+        self, prefix: str = "", group: Group | None = None, layers: tuple[list[HandleMiddleware], ...] = ()
+    ) -> Iterator[tuple[EventRouter, str, Group | None, tuple[list[HandleMiddleware], ...]]]:
+        """Yield this router and every router above it, with what stands before our paths there, and our group.
+
+        And with the middleware of all routers from there down to us.
+        """
         group = group or self._group
-        yield self, prefix, group
+        layers = (self._middleware, *layers)
+        yield self, prefix, group, layers
         for reference, between, chosen in self._parents:
             if (parent := reference()) is not None:
-                yield from parent._ancestors(_joined(between, prefix), group or chosen)
+                yield from parent._ancestors(_joined(between, prefix), group or chosen, layers)
 
     def _add(self, registrations: Iterable[_Registration]) -> None:
         """Add to this router and all above it: everywhere, or nowhere with an error."""
@@ -333,9 +381,9 @@ class EventRouter:
         named: dict[tuple[int, str, str], tuple[list[Route], list[Route]]] = {}
         groups: dict[tuple[int, str], Group] = {}
         changed: list[tuple[EventRouter, _Registration]] = []
-        for router, prefix, group in self._ancestors():
+        for router, prefix, group, layers in self._ancestors():
             for registration in registrations:
-                placed = registration.under(prefix, group)
+                placed = registration.under(prefix, group, layers)
                 pattern, handler = check_pattern(placed.route.pattern), placed.route.handler
                 beside = staged.setdefault((id(router), pattern), [])
                 there = [*router._table.get(pattern, ()), *beside]

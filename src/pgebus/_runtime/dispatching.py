@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from random import Random
@@ -43,6 +44,7 @@ from pgebus._runtime.transacting import LostAheadError, NotBegunError, Transacti
 from pgebus.context import EventContext
 from pgebus.errors import LeaseLostError, PayloadValidationError, StateError, TransactionEndedError
 from pgebus.handlers import Handler
+from pgebus.middleware import Around
 from pgebus.models import Event
 from pgebus.payloads import check_headers
 from pgebus.publishing import publish_event
@@ -325,7 +327,9 @@ class Dispatcher:
             if handler.timeout is not None and not handler.threaded:
                 await _call_in_time(handler, context, argument, flush)
                 return
-            if handler.threaded:
+            if handler.threaded and handler.around is not None:
+                await self._call_around_thread(handler.around, handler, context, lease, decoded, argument, flush)
+            elif handler.threaded:
                 await self._call_in_thread(handler, lease, decoded, argument, in_transaction=flush is not None)
             else:
                 await cast("Awaitable[object]", handler.function(context, argument))
@@ -341,6 +345,29 @@ class Dispatcher:
                 while task is not None and task.cancelling():  # its own code did it, and the task goes on
                     task.uncancel()
             raise _HandlerFailed(handler, error) from error
+
+    async def _call_around_thread(
+        self,
+        around: Around,
+        handler: Handler,
+        context: EventContext,
+        lease: Lease,
+        decoded: _Decoded,
+        argument: object,
+        flush: Callable[[], Awaitable[None]] | None,
+    ) -> None:
+        """Call a plain function through what stands around it, which runs in this task."""
+
+        async def innermost(given: Mapping[str, Any]) -> None:
+            call = replace(handler, function=partial(handler.function, **given))
+            try:
+                await self._call_in_thread(call, lease, decoded, argument, in_transaction=flush is not None)
+            except _HandlerFailed as failed:
+                if isinstance(failed.error, Exception):
+                    raise failed.error from None
+                raise
+
+        await around.run(context, argument, innermost)
 
     async def _call_in_thread(
         self, handler: Handler, lease: Lease, decoded: _Decoded, argument: object, *, in_transaction: bool
