@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pgebus._outgoing import add_publish_middleware, remove_publish_middleware
 from pgebus._version import __version__
 from pgebus.context import EventContext
 from pgebus.database import DatabaseSessionManager
@@ -90,10 +91,12 @@ __all__ = [
     "TransactionEndedError",
     "UnsafeSessionWarning",
     "__version__",
+    "add_publish_middleware",
     "metadata",
     "metadata_for",
     "publish_event",
     "publish_event_sync",
     "publish_events",
     "publish_events_sync",
+    "remove_publish_middleware",
 ]

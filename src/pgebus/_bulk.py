@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import asyncpg
-from sqlalchemy import ClauseElement, Column, Connection, Dialect, text
+from sqlalchemy import ClauseElement, Column, Connection, Dialect, inspect, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.types import TypeEngine
 
@@ -133,6 +133,16 @@ def as_events(rows: Sequence[Row]) -> list[Event]:
             given["payload"] = json.loads(given["payload"])
         events.append(family.class_of(given["type"])(**given))
     return events
+
+
+def as_rows(events: Iterable[Event]) -> list[dict[str, Any]]:
+    """Return what is set of new *events*, as rows that are still to be checked."""
+    rows = []
+    for event in events:
+        values = inspect(event).dict
+        names = [key for key, _ in loaded_columns(inspect(event).mapper)]
+        rows.append({name: values[name] for name in names if values.get(name) is not None})
+    return rows
 
 
 def copy_rows(connection: Connection, rows: Sequence[Row], inherited: Mapping[str, Any]) -> list[int] | None:

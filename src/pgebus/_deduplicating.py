@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapper, Session, SessionTransaction, defer, object_session
 
 from pgebus._guard import DispatchSession
+from pgebus._outgoing import INSERTED_BY_US
 from pgebus._writing import fill, flush, kind, missing_columns, refuse_related, sqlstate, table_of
 from pgebus.errors import PublishError, RetryTransactionError
 from pgebus.inheritance import family
@@ -106,7 +107,7 @@ def insert_once(connection: Connection, event: Event, row: dict[str, Any]) -> Ev
     with _serialization_failure_explained(event):
         # Between the two statements the other one may be pruned, and a third one be published.
         for _ in range(_TRIES):
-            values = connection.execute(statement).one_or_none()
+            values = connection.execute(statement, execution_options=INSERTED_BY_US).one_or_none()
             if values is not None:
                 fill(event, missing, values)
                 _inserted_in(connection).add(event.id)

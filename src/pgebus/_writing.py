@@ -16,6 +16,7 @@ from sqlalchemy.orm import Mapper, Session, make_transient_to_detached, object_s
 from sqlalchemy.orm.attributes import set_committed_value
 
 from pgebus._guard import DispatchSession
+from pgebus._outgoing import INSERTED_BY_US
 from pgebus.errors import TWO_PHASE, PublishError, SessionStateError
 from pgebus.inheritance import family, loaded_columns
 from pgebus.models import Event
@@ -94,9 +95,11 @@ def insert_rows(connection: Connection, prepared: Sequence[tuple[Event, dict[str
         )
         rows = [row for _, row in run]
         if len(rows) > 1 and alone is None:
-            results = connection.execute(statement, rows).all()
+            results = connection.execute(statement, rows, execution_options=INSERTED_BY_US).all()
         else:
-            results = [connection.execute(statement.values(row)).one() for row in rows]
+            results = [
+                connection.execute(statement.values(row), execution_options=INSERTED_BY_US).one() for row in rows
+            ]
         returned += [(event, missing, values) for (event, _), values in zip(run, results, strict=True)]
     # Only when all of it has worked: else the events could not be published again.
     for event, columns, values in returned:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 from pydantic import BaseModel
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from pgebus._bulk import Row, as_events, checked_row, driver_error, is_complete, makers_of
+from pgebus._bulk import Row, as_events, as_rows, checked_row, driver_error, is_complete, makers_of
+from pgebus._outgoing import has_middleware, let_pass, mark_passed
 from pgebus._runtime.store import Line
 from pgebus.database import dispose, make_engine
 from pgebus.errors import RetryTransactionError, StateError
@@ -110,6 +111,8 @@ class EventPublisher:
         }  # fmt: skip
         given = {name: value for name, value in given.items() if value is not None}
         row = checked_row({"type": event_type, "payload": payload, **given})
+        if has_middleware():
+            row = _passed(row)
         if self._closed:
             raise StateError("This EventPublisher is closed. Create a new one.")
         async with self._turns:
@@ -146,7 +149,9 @@ class EventPublisher:
         if self._idle:
             await self._idle.pop().close()  # its connection goes back to the pool
         async with AsyncSession(engine, expire_on_commit=False) as session:
-            (event,) = await publish_events(session, as_events([row]))
+            events = as_events([row])
+            mark_passed(events)
+            (event,) = await publish_events(session, events)
             await session.commit()
             return Published(event.id, event.duplicate)
 
@@ -189,3 +194,10 @@ class EventPublisher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _passed(row: Row) -> Row:
+    """Return what the publish middleware makes of a row."""
+    events = as_events([row])
+    let_pass(events)
+    return checked_row(as_rows(events)[0])

@@ -16,10 +16,11 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
-from pgebus._bulk import COPY_FROM, Row, as_events, checked_rows, copy_rows
+from pgebus._bulk import COPY_FROM, Row, as_events, as_rows, checked_rows, copy_rows
 from pgebus._causes import inherit
 from pgebus._guard import DispatchSession
 from pgebus._inserting import insert_events, prepared
+from pgebus._outgoing import has_middleware, let_pass
 from pgebus.errors import InvalidEventTypeError, PublishError, SessionStateError, SessionTypeError
 from pgebus.inheritance import family
 from pgebus.models import Event, check_class
@@ -91,6 +92,7 @@ async def publish_event(
         InvalidEventTypeError, InvalidChannelError, PublishError: If an argument is invalid; nothing was sent,
             and the session can go on. Also if an event with *dedup_key* is there that *session* never sees: row-level
             security or `with_loader_criteria()` hides it.
+        MiddlewareError: If a publish middleware has not called the next one exactly once; what it raises is raised.
         RetryTransactionError: If an event with *dedup_key* is there that a transaction of this isolation level cannot
             see; roll back, and do all of it again.
         SessionTypeError: If *session* is none.
@@ -146,9 +148,9 @@ async def publish_events(
 
         await publish_events(session, [Event(type="order.placed", payload={"order": 7}), ...])
 
-    As for SQLAlchemy's bulk INSERT, they may also be plain rows, by the names of the columns. No Event is made of them,
-    so hooks of the session are not run for them, and from a hundred on they go by COPY where asyncpg is the driver:
-    several times as fast::
+    As for SQLAlchemy's bulk INSERT, they may also be plain rows, by the names of the columns. Unless there is a publish
+    middleware no Event is made of them, so hooks of the session are not run for them, and from a hundred on they go by
+    COPY where asyncpg is the driver: several times as fast::
 
         await publish_events(session, [{"type": "order.placed", "payload": {"order": 7}}, ...])
 
@@ -258,19 +260,32 @@ async def _run(
 def _insert(target: Session | Connection, events: Sequence[Event]) -> list[Event]:
     if not events:
         return []
+    _prepare(target, events)
+    return insert_events(target, events)
+
+
+def _prepare(target: Session | Connection, events: Sequence[Event]) -> None:
+    """Say what has caused *events*, and let them pass the publish middleware."""
     inherited = target.guard.headers if isinstance(target, DispatchSession) else {}
     if inherited:
         # Computed for all before any is changed: headers that become too large refuse the whole batch.
         merged = [check_headers(inherit(inherited, event.headers or {})) for event in events]
         for event, headers in zip(events, merged, strict=True):
             event.headers = headers
-    return insert_events(target, events)
+    let_pass(events)
 
 
 def _insert_rows(target: Session | Connection, rows: Sequence[Row]) -> list[int]:
     inherited = target.guard.headers if isinstance(target, DispatchSession) else {}
+    events: list[Event] | None = None
+    if has_middleware():
+        events = as_events(rows)
+        _prepare(target, events)
+        rows = checked_rows(as_rows(events))
     ids = copy_rows(prepared(target), rows, inherited) if len(rows) >= COPY_FROM else None
-    return [event.id for event in _insert(target, as_events(rows))] if ids is None else ids
+    if ids is None:
+        return [event.id for event in _insert(target, as_events(rows) if events is None else events)]
+    return ids
 
 
 def _made(

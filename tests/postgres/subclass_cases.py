@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -30,10 +31,12 @@ from pgebus import (
     EventPublisher,
     InvalidEventTypeError,
     PublishError,
+    add_publish_middleware,
     publish_event,
     publish_event_sync,
     publish_events,
     publish_events_sync,
+    remove_publish_middleware,
 )
 from pgebus.settings import DatabaseSettings
 
@@ -541,3 +544,38 @@ async def test_a_publisher_gives_columns_of_their_class_and_their_defaults(
     async with sm.session() as session:
         event = await session.get_one(OrderPlaced, published.id)
         assert (event.order_id, event.tenant_id) == (7, 3)
+
+
+@pytest.mark.parametrize("way", ["publisher", "few rows", "many rows", "added"])
+async def test_a_publish_middleware_sets_a_column_of_the_class_once(
+    sm: DatabaseSessionManager, database: DatabaseSettings, sql: Sql, way: str
+) -> None:
+    """Also where a default of the class sends it the ordinary way."""
+    await sql.execute("INSERT INTO orders (id, total) VALUES (7, 100)")
+    passed: list[type[Event]] = []
+
+    def belong(event: Event, call_next: Callable[[Event], None]) -> None:
+        passed.append(type(event))
+        assert isinstance(event, OrderPlaced)
+        event.tenant_id = len(passed)
+        call_next(event)
+
+    add_publish_middleware(belong)
+    try:
+        if way == "publisher":
+            async with EventPublisher(database) as publisher:
+                await publisher.publish("order.placed", {}, order_id=7)
+        else:
+            async with sm.session() as session, session.begin():
+                if way == "added":
+                    session.add(OrderPlaced(order_id=7))
+                else:
+                    rows = [{"type": "order.placed", "order_id": 7}] * (3 if way == "few rows" else 200)
+                    await publish_events(session, rows)
+    finally:
+        remove_publish_middleware(belong)
+    async with sm.session() as session:
+        tenants = (await session.scalars(select(OrderPlaced.tenant_id).order_by(OrderPlaced.id))).all()
+    assert passed == [OrderPlaced] * len(tenants)
+    assert tenants == [number + 1 for number in range(len(tenants))]
+    assert len(tenants) == {"few rows": 3, "many rows": 200}.get(way, 1)

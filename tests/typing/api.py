@@ -27,10 +27,12 @@ from pgebus import (
     Snooze,
     SystemHealth,
     SystemState,
+    add_publish_middleware,
     metadata,
     operations,
     publish_event,
     publish_events,
+    remove_publish_middleware,
 )
 from pgebus.depends import Depends, provider
 
@@ -173,10 +175,14 @@ async def around(ctx: EventContext, call_next: Callable[[EventContext], Awaitabl
     await call_next(ctx)
 
 
+@add_publish_middleware
 def stamp(event: Event, call_next: Callable[[Event], None]) -> None:
-    """Not awaited."""
+    """What events pass."""
+    call_next(event)
 
 
+remove_publish_middleware(stamp)
+add_publish_middleware(around)  # type: ignore[type-var]  # nobody awaits there
 router.middleware(stamp)  # type: ignore[type-var]  # it is awaited
 
 

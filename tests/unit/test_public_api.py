@@ -60,12 +60,14 @@ NAMES = [
     "TransactionEndedError",
     "UnsafeSessionWarning",
     "__version__",
+    "add_publish_middleware",
     "metadata",
     "metadata_for",
     "publish_event",
     "publish_event_sync",
     "publish_events",
     "publish_events_sync",
+    "remove_publish_middleware",
 ]
 
 # Names, kinds and defaults; the annotations are held by the type checker, in tests/typing.
@@ -84,6 +86,8 @@ SIGNATURES = {
     "EventRouter.on": ("(self, path, *, transactional=False, name=None, group=None, timeout=None, retry=None)"),
     "EventRouter.include_router": "(self, other, *, prefix='', group=None)",
     "EventRouter.middleware": "(self, function)",
+    "add_publish_middleware": "(function)",
+    "remove_publish_middleware": "(function)",
     "EventContext.publish": "(self, event_type, payload, channel=None, run_at=None, **options)",
     "Group": "(name, start=None, max_running=None, per_process=None, dead_holds_key=None)",
     "EventSystem": "(router, settings, *, redact=None)",
