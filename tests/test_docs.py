@@ -38,7 +38,7 @@ from pgebus import (
 from pgebus.models import SCHEMA_VERSION
 from pgebus.session import FORBIDDEN
 from tests.conftest import Server
-from tests.system.bus import Sql
+from tests.system.bus import Sql, finished, publish
 from tests.system.waiting import until
 
 ROOT = Path(__file__).parent.parent
@@ -335,6 +335,24 @@ async def test_a_fragment_runs_with_the_names_that_it_takes_for_granted(
     fragment: Block, sm: DatabaseSessionManager
 ) -> None:
     await execute(fragment, await prepared(sm))
+
+
+HANDLED = [
+    block
+    for block in FRAGMENTS
+    if block.page.name in ("middleware.md", "dependencies.md") and "@router.on(" in block.code
+]
+
+
+@pytest.mark.parametrize("block", HANDLED, ids=lambda block: block.id)
+async def test_the_handlers_of_a_guide_run(
+    block: Block, database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql
+) -> None:
+    names = await prepared(sm)
+    await execute(block, names)
+    types = re.findall(r'@router\.on\("([\w.]+)"', block.code)
+    async with EventSystem(names["router"], Settings(database=database)):
+        await finished(sql, *[await publish(sm, each, {"order_id": 1}) for each in types])
 
 
 async def test_the_handlers_of_the_readme_do_what_it_says(
