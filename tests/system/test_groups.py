@@ -432,7 +432,7 @@ async def test_a_group_that_an_operator_has_locked_delays_no_other(
             assert (await delivery(sql, waits))["status"] == "pending"
             await operator.rollback()
         await finished(sql, waits, within=5)
-        assert [loop.failures for loop in system.health().loops] == [0] * 4
+        assert not any(loop.failures for loop in system.health().loops)
 
 
 async def test_a_worker_that_is_frozen_while_it_claims_delays_a_limited_group_only(
