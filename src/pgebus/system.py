@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import timedelta
 from functools import partial
 from inspect import iscoroutinefunction
@@ -39,7 +39,7 @@ from pgebus._runtime.transacting import Transactions
 from pgebus._runtime.waking import DatabaseClock, Wakeup
 from pgebus._version import __version__
 from pgebus.errors import ConfigurationError, StateError
-from pgebus.groups import DEFAULT_GROUP
+from pgebus.groups import DEFAULT_GROUP, check_group_name
 from pgebus.health import SystemHealth, SystemState
 from pgebus.retry import RetryPolicy
 from pgebus.routing import EventRouter
@@ -78,11 +78,7 @@ class EventSystem:
         given: object = redact
         if given is not None and (not callable(given) or iscoroutinefunction(given)):
             raise TypeError("redact must be a plain function that takes a text and returns one.")
-        if unknown := set(settings.event_system.groups or ()) - {group.name for group in router.groups()}:
-            raise ConfigurationError(
-                f"The settings name groups that no handler is in: {', '.join(sorted(unknown))}. Register their "
-                "handlers first, or name others."
-            )
+        _check_groups("The settings name", settings.event_system.groups or (), router)
         self._router = router
         self._settings = settings
         self._redact = redact
@@ -107,6 +103,27 @@ class EventSystem:
     def router(self) -> EventRouter:
         """The handlers."""
         return self._router
+
+    @property
+    def settings(self) -> Settings:
+        """The database and how to run."""
+        return self._settings
+
+    def serve(self, *groups: str) -> None:
+        """Serve these consumer groups, instead of those that the settings name; to be said before the start.
+
+        Raises:
+            ConfigurationError: If it is none, or one that no handler is in.
+            StateError: If it was started before.
+        """
+        if self._state is not SystemState.NEW:
+            raise self._cannot_start()
+        if not groups:
+            raise ConfigurationError("serve() names no group. Leave it out to serve all of them.")
+        named = tuple(dict.fromkeys(check_group_name(name) for name in groups))
+        _check_groups("You name", named, self._router)
+        options = self._settings.event_system.model_copy(update={"groups": named})
+        self._settings = self._settings.model_copy(update={"event_system": options})
 
     async def start(self) -> None:
         """Start in the background; return when events are being handled.
@@ -168,6 +185,17 @@ class EventSystem:
         await asyncio.wait([task])
         if self._task is task:
             self._task = None
+            if not task.cancelled():
+                task.result()
+
+    async def wait(self) -> None:
+        """Wait until the system that was started has ended: by `stop()`, or because it failed. Ends nothing itself.
+
+        Raises:
+            BaseException: What ended it, if it was no `stop()`.
+        """
+        if (task := self._task) is not None:
+            await asyncio.wait([task])
             if not task.cancelled():
                 task.result()
 
@@ -422,6 +450,14 @@ class EventSystem:
         if self._state in (SystemState.STARTING, SystemState.RUNNING):
             return StateError("EventSystem is already running.")
         return StateError("EventSystem has been stopped and cannot be started again. Create a new one.")
+
+
+def _check_groups(who: str, groups: Iterable[str], router: EventRouter) -> None:
+    if unknown := set(groups) - {group.name for group in router.groups()}:
+        raise ConfigurationError(
+            f"{who} groups that no handler is in: {', '.join(sorted(unknown))}. Register their handlers first, or name "
+            "others."
+        )
 
 
 def _report(task: asyncio.Task[None]) -> None:

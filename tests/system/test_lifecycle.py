@@ -6,11 +6,12 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from pgebus import (
+    ConfigurationError,
     DatabaseSessionManager,
     DatabaseSettings,
     EventContext,
@@ -20,6 +21,7 @@ from pgebus import (
     StateError,
     SystemState,
 )
+from pgebus._runtime.maintenance import Maintenance
 from pgebus.models import SCHEMA_VERSION
 from tests.system.bus import Sql, delivery, finished, publish, running, settings
 from tests.system.waiting import until
@@ -202,6 +204,67 @@ async def test_a_handler_may_stop_the_system(database: DatabaseSettings, sm: Dat
     await until(stopped)
     await system.stop()
     assert (await delivery(sql, event_id))["status"] == "completed"
+
+
+async def test_wait_ends_with_the_system(database: DatabaseSettings) -> None:
+    """However often it is asked; before the start there is nothing to wait for, and a cancelled wait stops nothing."""
+    system = EventSystem(EventRouter(), settings(database))
+    await system.wait()
+    await system.start()
+    waiting = [asyncio.create_task(system.wait()) for _ in range(3)]
+    waiting[0].cancel()
+    await asyncio.wait(waiting[:1])
+    assert system.health().state is SystemState.RUNNING
+    await system.stop()
+    await asyncio.gather(*waiting[1:])
+    await system.wait()
+
+
+async def test_wait_raises_what_has_ended_the_system(
+    database: DatabaseSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing = asyncio.Event()
+
+    async def fail(_: object) -> NoReturn:
+        await failing.wait()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Maintenance, "run", fail)
+    system = EventSystem(EventRouter(), settings(database))
+    await system.start()
+    failing.set()
+    with pytest.raises(ZeroDivisionError):
+        await system.wait()
+    with pytest.raises(ZeroDivisionError):
+        await system.stop()
+
+
+async def test_a_system_serves_the_groups_that_it_is_told(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql
+) -> None:
+    """Instead of those of the settings; the others' deliveries wait."""
+    router = EventRouter()
+
+    @router.on("x", group="one")
+    @router.on("x", group="two")
+    async def handle(ctx: EventContext, payload: dict[str, Any]) -> None: ...
+
+    system = EventSystem(router, settings(database, groups=["one"]))
+    for wrong in ([], ["three"], ["two", ""]):
+        with pytest.raises(ConfigurationError):
+            system.serve(*wrong)
+    system.serve("two")
+    assert system.settings.event_system.groups == ("two",)
+    async with system:
+        with pytest.raises(StateError):
+            system.serve("one")
+        event_id = await publish(sm, "x")
+
+        async def handled() -> bool:
+            rows = await sql.fetch("SELECT consumer_group, status FROM pgebus.deliveries WHERE event_id = $1", event_id)
+            return dict(map(tuple, rows)) == {"one": "pending", "two": "completed"}
+
+        await until(handled)
 
 
 async def test_run_ends_when_it_is_cancelled_and_gives_back_what_it_held(

@@ -240,6 +240,9 @@ async def run() -> None:
             [(loop.name, loop.ok, loop.last_error) for loop in health.loops], list[tuple[str, bool, str | None]]
         )
     assert_type(await EventSystem(router, settings).run(), None)
+    system.serve("mail", "billing")
+    assert_type(await system.wait(), None)
+    assert_type(system.settings, Settings)
     assert_type(RetryPolicy(max_attempts=3).delay(1), timedelta)
 
 
