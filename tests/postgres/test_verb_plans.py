@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Final
 
 import pytest
-from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession
 from tests.postgres.plain_sql import Sql, subscribe
+from tests.postgres.plans import explaining
 
 from pgebus import DatabaseSessionManager, operations
 
@@ -74,7 +73,7 @@ async def test_what_is_asked_for_costs_what_is_found(known: str, sm: DatabaseSes
     await sql.execute(FILL)
     if known == "everything":
         await sql.execute("ANALYZE pgebus.events; ANALYZE pgebus.deliveries")
-    explained = await _explaining(sm)
+    explained = explaining(sm)
     too_many = {}
     for name, (call, most) in CALLS.items():
         if known == "nothing" and name == "replay some":
@@ -87,22 +86,3 @@ async def test_what_is_asked_for_costs_what_is_found(known: str, sm: DatabaseSes
         if touched > most:
             too_many[name] = touched
     assert not too_many
-
-
-async def _explaining(sm: DatabaseSessionManager) -> list[int]:
-    """Return a list that gets, for each of our statements, the buffers that it touches: it is run twice."""
-    buffers: list[int] = []
-
-    @event.listens_for(sm.engine.sync_engine, "before_cursor_execute")
-    def explain(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool) -> None:
-        if "pgebus" not in statement:
-            return
-        # In a savepoint: what it changes, it changes again when it is sent in earnest.
-        cursor.execute("SAVEPOINT explained", ())
-        cursor.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}", parameters)
-        found = cursor.fetchall()[0][0]
-        cursor.execute("ROLLBACK TO SAVEPOINT explained", ())
-        plan = (json.loads(found) if isinstance(found, str) else found)[0]["Plan"]
-        buffers.append(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
-
-    return buffers

@@ -255,6 +255,9 @@ async def operate(session: AsyncSession) -> None:
     await operations.cancel(session, status="running", event_ids=[each.event_id for each in redriven])
     assert_type(await operations.prune(session, timedelta(days=7)), int)
     assert_type((await operations.purge_payload(session, key="customer-7")).event_ids, tuple[int, ...])
+    assert_type(await operations.status(session), list[operations.GroupStatus])
+    traced = await operations.trace(session, 7, limit=10)
+    assert_type(traced.events if traced else (), tuple[operations.TracedEvent, ...])
     shown = await operations.show_event(session, 7)
     assert_type(shown.deliveries if shown else (), tuple[operations.DeliveryState, ...])
     await operations.redrive(session, grup="mail")  # type: ignore[call-arg]  # misspelt

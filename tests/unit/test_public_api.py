@@ -109,6 +109,8 @@ SIGNATURES = {
     "operations.list_deliveries": "(session, *, status=None, after=None, limit=100, **filters)",
     "operations.count_deliveries": "(session, *, status=None, **filters)",
     "operations.show_event": "(session, event_id)",
+    "operations.status": "(session, channel=None)",
+    "operations.trace": "(session, event_id, *, limit=200, within=100000)",
     "operations.redrive": "(session, *, limit=1000, reason=None, by=None, **filters)",
     "operations.replay": (
         "(session, group, channel='events', *, after=0, missing=True, finished_after=None, finished_before=None, "

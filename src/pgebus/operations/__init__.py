@@ -4,6 +4,7 @@ So each commits together with whatever else the caller does: a redrive with the 
 necessary. They are safe while workers run, and may be done again. None runs a handler.
 """
 
+from pgebus.operations.backlog import GroupStatus, status
 from pgebus.operations.cancelling import cancel
 from pgebus.operations.deliveries import DeliveryState, EventState, count_deliveries, list_deliveries, show_event
 from pgebus.operations.groups import (
@@ -20,6 +21,7 @@ from pgebus.operations.pruning import prune
 from pgebus.operations.purging import Purged, purge_payload
 from pgebus.operations.redriving import redrive, replay
 from pgebus.operations.selection import Changed, EventFilters, Filters
+from pgebus.operations.tracing import Trace, TracedDelivery, TracedEvent, trace
 
 __all__ = [
     "BlockedKey",
@@ -29,7 +31,11 @@ __all__ = [
     "EventState",
     "Filters",
     "GroupState",
+    "GroupStatus",
     "Purged",
+    "Trace",
+    "TracedDelivery",
+    "TracedEvent",
     "blocked_keys",
     "cancel",
     "count_deliveries",
@@ -46,4 +52,6 @@ __all__ = [
     "replay",
     "resume_group",
     "show_event",
+    "status",
+    "trace",
 ]
