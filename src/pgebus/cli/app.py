@@ -12,20 +12,53 @@ import subprocess
 import sys
 from dataclasses import asdict
 from io import TextIOWrapper
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import typer
+from typer.core import TyperGroup
 
 from pgebus import ConfigurationError, PgebusError, Settings, __version__
 from pgebus.cli import deliveries, groups, roles, verbs
 from pgebus.cli.messages import FAILED, MISUSED, database_errors_as_messages, fail, place_of
+from pgebus.cli.worker.command import worker
 from pgebus.drift import find_drift
 from pgebus.embedded import EmbeddedPostgres
 from pgebus.migrations import upgrade
 
 __all__ = ["app", "run"]
 
+# As one needs them: to set up, to run, to look, to look closer, to act.
+_ORDER: Final = [
+    "migrate",
+    "check",
+    "roles",
+    "worker",
+    "status",
+    "groups",
+    "routes",
+    "deliveries",
+    "show",
+    "trace",
+    "blocked",
+    "redrive",
+    "replay",
+    "cancel",
+    "release-key",
+    "prune",
+    "purge",
+    "demo",
+]
+
+
+class _InOrder(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names in the order of the help; those that it does not know come last."""
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+
+
 app = typer.Typer(
+    cls=_InOrder,
     add_completion=False,
     no_args_is_help=True,
     # typer's own tracebacks show local variables, and a password may be among them.
@@ -47,6 +80,7 @@ app.command()(verbs.cancel)
 app.command("release-key")(verbs.release_key)
 app.command()(verbs.prune)
 app.command()(verbs.purge)
+app.command()(worker)
 
 
 def run() -> None:

@@ -5,16 +5,14 @@ The work is that of `pgebus.operations` and of the router; here it is shown.
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from dataclasses import asdict
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import typer
 
 from pgebus import ConfigurationError, EventRouter, EventSystem, Settings, operations
-from pgebus.cli.messages import FAILED, MISUSED, fail, told
+from pgebus.cli.importing import imported
+from pgebus.cli.messages import FAILED, MISUSED, fail
 from pgebus.cli.showing import moment, run, table, write
 from pgebus.names import check_event_type
 
@@ -195,23 +193,7 @@ def _found(where: str) -> EventRouter:
     Raises:
         ConfigurationError: If there is none, or the program cannot be imported.
     """
-    module, separator, name = where.partition(":")
-    if not (module and separator and name) or module.startswith("."):
-        raise ConfigurationError(f"{where!r} names no router. Write package.module:name, like shop.worker:system.")
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - as `python -m` does
-    # SystemExit too: a script that has no `if __name__ == "__main__"` ends here.
-    try:
-        value: Any = importlib.import_module(module)
-    except (Exception, SystemExit) as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None and f"{module}.".startswith(f"{missing}."):
-            raise ConfigurationError(f"There is no module {module!r}.") from error
-        raise ConfigurationError(f"Module {module!r} cannot be imported: {told(error)}.") from error
-    try:
-        for part in name.split("."):
-            value = getattr(value, part)
-    except (Exception, SystemExit) as error:
-        raise ConfigurationError(f"{where!r} cannot be read: {told(error)}.") from error
+    value = imported(where, "router")
     value = value.router if isinstance(value, EventSystem) else value
     if not isinstance(value, EventRouter):
         raise ConfigurationError(f"{where!r} is neither an EventRouter nor an EventSystem.")
