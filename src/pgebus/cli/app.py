@@ -20,6 +20,8 @@ from typer.core import TyperGroup
 from pgebus import ConfigurationError, PgebusError, Settings, __version__
 from pgebus.cli import deliveries, groups, roles, verbs
 from pgebus.cli.messages import FAILED, MISUSED, database_errors_as_messages, fail, place_of
+from pgebus.cli.status import status
+from pgebus.cli.tracing import trace
 from pgebus.cli.worker.command import worker
 from pgebus.drift import find_drift
 from pgebus.embedded import EmbeddedPostgres
@@ -81,6 +83,8 @@ app.command("release-key")(verbs.release_key)
 app.command()(verbs.prune)
 app.command()(verbs.purge)
 app.command()(worker)
+app.command()(status)
+app.command()(trace)
 
 
 def run() -> None:
