@@ -373,6 +373,7 @@ class Worker(Base):
     host: Mapped[str | None] = mapped_column(Text)
     pid: Mapped[int | None]
     version: Mapped[str | None] = mapped_column(Text)
+    retention: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
 
 
 class Delivery(Base):

@@ -38,6 +38,7 @@ from pgebus._urls import DEFAULT_PORT, is_host, make_database_url, parse_databas
 from pgebus.errors import ConfigurationError
 from pgebus.groups import check_group_name
 from pgebus.names import MAX_IDENTIFIER_BYTES, check_channel, check_schema
+from pgebus.patterns import check_pattern
 
 __all__ = ["DatabaseSettings", "EventSystemSettings", "Settings"]
 
@@ -117,6 +118,10 @@ def _check_connect_args(value: dict[str, Any]) -> dict[str, Any]:
 
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Seconds = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Kept = Annotated[
+    Annotated[Seconds, Field(ge=0, le=_TEN_YEARS)] | None,
+    BeforeValidator(_none_as_text),
+]
 Secret = Annotated[SecretStr, AfterValidator(_check_password)]
 SecretURL = Annotated[SecretStr, AfterValidator(_check_url), BeforeValidator(_url_text)]
 Name = Annotated[str, AfterValidator(_check_name)]
@@ -257,10 +262,16 @@ class EventSystemSettings(_Section):
     transaction pooler. Such a worker cannot LISTEN either: it only polls."""
     shutdown_timeout_seconds: Seconds = Field(default=30.0, ge=0, le=_DAY)
     """Seconds that the end of `async with` waits for what runs before it cancels; `stop()` has its own argument."""
-    retention_seconds: Annotated[Seconds | None, BeforeValidator(_none_as_text)] = Field(
-        default=7 * _DAY, ge=0, le=_TEN_YEARS
-    )
-    """Seconds after which what is finished is deleted; None (or `none`): it is kept."""
+    retention_seconds: Kept = 7 * _DAY
+    """Seconds after which what is finished is deleted, completed or cancelled; None (or `none`): it is kept."""
+    retention: dict[Annotated[str, AfterValidator(check_pattern)], Kept] = Field(default_factory=dict)
+    """The same for some event types: patterns and their seconds, like `{"audit.#": 31536000}`. Of several that match a
+    type the most specific one counts: the type itself, else word by word a word before `*` before `#`."""
+    dead_retention_seconds: Kept = None
+    """Seconds after which dead letters are deleted; None (or `none`): they are kept until somebody decides."""
+    unhandled_retention_seconds: Kept = 365 * _DAY
+    """Seconds after which events are deleted that no handler has taken, since they were due; None (or `none`): they
+    are kept. This is the one case in which an event is lost without a handler, a used-up budget or a person."""
     recovery_grace_seconds: Seconds = Field(default=2.0, ge=0.01, le=3600)
     """Seconds that a worker may be gone before its deliveries are given to others."""
     isolation_level: Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"] = "READ COMMITTED"

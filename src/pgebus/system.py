@@ -30,6 +30,7 @@ from pgebus._runtime.maintenance import Maintenance
 from pgebus._runtime.presence import Presence
 from pgebus._runtime.pulse import Pulse, report
 from pgebus._runtime.requirements import require_defaults, require_schema
+from pgebus._runtime.retention import Retention
 from pgebus._runtime.scheduling import Scheduler
 from pgebus._runtime.statements import Statements
 from pgebus._runtime.store import Line, Store
@@ -338,7 +339,12 @@ class EventSystem:
             self._presence,
             self._served,
             grace=options.recovery_grace_seconds,
-            retention=options.retention_seconds,
+            retention=Retention(
+                options.retention_seconds,
+                options.retention,
+                options.dead_retention_seconds,
+                options.unhandled_retention_seconds,
+            ),
             look=self._wakeup.look,
             learned=claimer.learn,
             complaints=partial(complaints, rounds, statements),

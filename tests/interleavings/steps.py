@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from pgebus import publish_event
 from pgebus._runtime.leases import Lease
+from pgebus._runtime.pruning import BEGINNING
 from pgebus.session import GuardedSession
 from tests.interleavings.parties import Party, Step
 
@@ -84,7 +85,8 @@ async def _sweep(party: Party) -> int:
 
 
 async def _prune(party: Party) -> int:
-    return await party.store.prune_events(0.0, 100)
+    rows = await party.store.finished(0.0, BEGINNING, 100)
+    return await party.store.remove({row["event_id"]: 0.0 for row in rows}, dead=None, unhandled=None)
 
 
 COMPLETE: Final = Step("complete", _complete)

@@ -18,7 +18,7 @@ Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 FENCE = "d.claim_seq = u.claim_seq\n      AND d.worker_id = $4::bigint AND d.status = 'running'"
 FENCE_OF_ONE = "f.claim_seq = $3::integer\n      AND f.worker_id = $4::bigint AND f.status = 'running'"
 FENCE_OF_COMPLETE = "AND d.claim_seq = p_claim_seq AND d.worker_id = p_worker_id AND d.status = 'running'"
-UNFINISHED = "AND (o.finished_at IS NULL OR o.finished_at >= cut.at OR o.status = 'dead')"
+RIPE_AT_LAST = "make_interval(secs => $4::double precision) END)"
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,24 @@ DEFECTS = [
         "pruning does not look at the other groups",
         "complete_and_prune",
         "permutation",
-        statements=("prune_events",),
-        old=UNFINISHED,
-        new="AND false",
+        statements=("lock_ripe", "delete_ripe"),
+        old=RIPE_AT_LAST,
+        new=RIPE_AT_LAST.replace("END", "ELSE true END"),
+    ),
+    Defect(
+        "pruning does not look again at what it has locked",
+        "replay_while_pruning",
+        "outcome",
+        statements=("delete_ripe",),
+        old="d.event_id = u.id AND (CASE",
+        new="d.event_id = u.id AND (true OR CASE",
+    ),
+    Defect(
+        "pruning waits for who has locked a delivery",
+        "prune_and_hold",
+        "waited",
+        statements=("delete_ripe",),
+        old=" SKIP LOCKED",
     ),
     Defect(
         "a backfill does not lock the event",

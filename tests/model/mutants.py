@@ -132,13 +132,16 @@ MUTANTS: Final = (
         "a dead delivery lets its key go", ("bury",), "holds_key = d.key IS NOT NULL AND ", "holds_key = false AND "
     ),
     Mutant(
-        "pruning asks nothing of other groups", ("prune_events",), "WHERE o.event_id = d.event_id\n", "WHERE false\n"
+        "pruning asks nothing of other groups",
+        ("lock_ripe", "delete_ripe"),
+        "make_interval(secs => $4::double precision) END)",
+        "make_interval(secs => $4::double precision) ELSE true END)",
     ),
     Mutant(
-        "pruning takes what another group has not finished",
-        ("prune_events",),
-        "o.finished_at IS NULL OR o.finished_at >= cut.at",
-        "o.finished_at >= cut.at",
+        "pruning takes what another group has finished too lately",
+        ("lock_ripe", "delete_ripe"),
+        "THEN d.finished_at < now() - make_interval(secs => u.seconds)",
+        "THEN true",
     ),
     Mutant("the trigger blocks nothing", ("fan_out()",), "THEN 'blocked' ELSE", "THEN 'pending' ELSE"),
     Mutant(

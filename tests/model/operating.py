@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from pgebus import Group as GroupDeclaration
 from pgebus import operations
+from pgebus._runtime.pruning import BEGINNING
 from pgebus.errors import StateError
 from tests.model import verbs
 from tests.model.stage import GROUPS, Stage, nth
@@ -76,7 +77,10 @@ class Operating(Stage):
 
     @step(older_than=st.sampled_from((50, 150, 950)))
     def prune(self, older_than: int) -> None:
-        pruned = self.run(self.database.store.prune_events(older_than, 1000))
+        store = self.database.store
+        rows = self.run(store.finished(older_than, BEGINNING, 1000))
+        kept = {row["event_id"]: float(older_than) for row in rows}
+        pruned = self.run(store.remove(kept, dead=None, unhandled=None))
         gone = self.oracle.prune(older_than)
         assert pruned == len(gone), f"I1 no loss: {pruned} events were pruned, not {gone}"
         self.did("events were pruned", times=pruned)

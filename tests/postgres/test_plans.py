@@ -27,7 +27,8 @@ SELECT n, now() + CASE WHEN n BETWEEN {LARGE} + 1 AND 2 * {LARGE} THEN interval 
   'events', CASE WHEN n % 10 = 0 THEN 'billing' ELSE 'default' END, CASE WHEN n % 2 = 0 THEN 'a.b' ELSE 'a.c' END,
   CASE WHEN n <= {LARGE} THEN 'completed' WHEN n <= 3 * {LARGE} THEN 'pending' WHEN n <= 4 * {LARGE} THEN 'unhandled'
        WHEN running THEN 'running' WHEN n = 4 * {LARGE} + 1001 THEN 'pending' ELSE 'blocked' END,
-  CASE WHEN n <= {LARGE} THEN now() - interval '1 hour' END, CASE WHEN n > 4 * {LARGE} + 1000 THEN 'hot' END,
+  CASE WHEN n <= {LARGE} THEN now() - interval '1 hour' + interval '10 ms' * n END,
+  CASE WHEN n > 4 * {LARGE} + 1000 THEN 'hot' END,
   CASE WHEN n <= 2 * {LARGE} THEN n % 10 ELSE 0 END,
   CASE WHEN running THEN 1 END, CASE WHEN running THEN now() END, running::integer, running::integer
 FROM generate_series(1, 4 * {LARGE} + 5000) n, LATERAL (SELECT n BETWEEN {HELD.start} AND {HELD.start + 999}) r(running)
@@ -37,6 +38,8 @@ _GROUPS: Final = "ARRAY['default', 'billing']"
 _LEASES: Final = (
     f"ARRAY{[*HELD]}, ARRAY{['billing' if n % 10 == 0 else 'default' for n in HELD]}, ARRAY{[1 for _ in HELD]}, 1"
 )
+
+_OVER: Final = f"ARRAY{[*range(1, 101)]}, array_fill(60::float, ARRAY[100]), NULL, NULL"
 
 
 class Case(NamedTuple):
@@ -69,6 +72,17 @@ CASES: Final = {
     "sweep": Case(STATEMENTS.sweep, "'', '', '', 5000", 300),
     "let_go": Case(STATEMENTS.let_go, "", 100),
     "backfill": Case(STATEMENTS.backfill, "'events', 'billing', 'a.#', 0, 1000000, 100", 8_000),
+    # From the middle of the history: what lies before is not walked again.
+    "finished": Case(
+        STATEMENTS.finished,
+        "60, (extract(epoch FROM now() - interval '58 minutes') * 1000000)::bigint, 100, 'events'",
+        400,
+    ),
+    "died": Case(STATEMENTS.died, "60, 0, 100, 'events', 'default'", 100),
+    "unhandled": Case(STATEMENTS.unhandled, "60, 0, 100, 'events', 'default', 'a.b'", 900),
+    "groups_with_unhandled": Case(STATEMENTS.groups_with_unhandled, "'events'", 100),
+    "lock_ripe": Case(STATEMENTS.lock_ripe, _OVER, 3_000),
+    "delete_ripe": Case(STATEMENTS.delete_ripe, _OVER, 4_000),
     "leases_of": Case(STATEMENTS.leases_of, "2", 100),
 }
 

@@ -10,6 +10,7 @@ from tests.postgres.plain_sql import Sql
 from tests.postgres.states import STATES, deliver, event_in
 
 from pgebus import DatabaseSessionManager, operations
+from pgebus.errors import SessionStateError
 
 
 async def kept(sql: Sql) -> list[int]:
@@ -38,5 +39,16 @@ async def test_what_a_table_of_the_user_refers_to_is_the_users_matter(sm: Databa
     await sql.execute("INSERT INTO mine VALUES ($1)", event_id)
     async with sm.session() as session:
         with pytest.raises(IntegrityError):
+            await operations.prune(session, timedelta(0))
+    assert await kept(sql) == [event_id]
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"])
+async def test_a_session_that_cannot_look_again_is_refused(level: str, sm: DatabaseSessionManager, sql: Sql) -> None:
+    """It would not see a delivery that a backfill has made since its snapshot; and in AUTOCOMMIT no lock is held."""
+    event_id = await event_in(sql, "completed")
+    async with sm.session() as session:
+        await session.connection(execution_options={"isolation_level": level})
+        with pytest.raises(SessionStateError, match=level):
             await operations.prune(session, timedelta(0))
     assert await kept(sql) == [event_id]

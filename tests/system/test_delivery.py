@@ -514,7 +514,7 @@ async def test_finished_events_are_pruned_after_the_retention(
     database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is dead, unfinished or younger stays, and so does its event."""
-    monkeypatch.setattr("pgebus._runtime.maintenance.PRUNE_SECONDS", 0.0)
+    monkeypatch.setattr("pgebus._runtime.pruning.PRUNE_SECONDS", 0.0)
     router = EventRouter()
 
     @router.on("order.placed")

@@ -20,7 +20,6 @@ from pgebus import (
     Reject,
     Retry,
 )
-from pgebus._runtime import maintenance
 from tests.roles import casting
 from tests.system.bus import Sql, backfilled, delivery, finished, publish, rounds, running, settings
 from tests.system.faults import EFFECTS, effects, record
@@ -32,7 +31,7 @@ async def test_the_workers_role_is_enough_for_everything_that_a_worker_does(
     database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql, inquest: Inquest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From start to stop: declaring, scheduling, publishing, retrying, recovering, adopting, sweeping, pruning."""
-    monkeypatch.setattr(maintenance, "PRUNE_SECONDS", 0.05)
+    monkeypatch.setattr("pgebus._runtime.pruning.PRUNE_SECONDS", 0.05)
     router = EventRouter()
 
     @router.on("order.placed", transactional=True, group=Group("limited", start="beginning", max_running=2))

@@ -80,6 +80,22 @@ def test_sections_are_taken_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> No
     assert Settings(database=given).database == given
 
 
+def test_the_retention_of_event_types_comes_from_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The pattern of an earlier source wins, and the others are there beside it."""
+    toml = tmp_path / "pgebus.toml"
+    toml.write_text(
+        "[event_system]\ndead_retention_seconds = 60\n"
+        '[event_system.retention]\n"audit.#" = 31536000\n"noise.*" = 60\n"law.#" = "none"\n'
+    )
+    monkeypatch.setenv("PGEBUS_CONFIG_FILE", str(toml))
+    monkeypatch.setenv("PGEBUS_EVENT_SYSTEM__RETENTION", '{"noise.*": 0, "Audit.Login": null}')
+    settings = Settings().event_system
+    assert settings.retention == {"audit.#": 31536000, "noise.*": 0, "law.#": None, "Audit.Login": None}
+    assert settings.dead_retention_seconds == 60
+    assert settings.unhandled_retention_seconds == 365 * 24 * 3600
+    assert EventSystemSettings().dead_retention_seconds is None
+
+
 def test_an_earlier_source_wins_and_the_others_fill_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     toml = tmp_path / "pgebus.toml"
     toml.write_text(
@@ -299,10 +315,13 @@ BAD_SYSTEMS: list[dict[str, Any]] = [
         {name: value}
         for name in (
             "backoff_first_seconds", "backoff_ceiling_seconds", "poll_interval_seconds",
-            "shutdown_timeout_seconds", "retention_seconds", "recovery_grace_seconds",
+            "shutdown_timeout_seconds", "retention_seconds", "recovery_grace_seconds", "dead_retention_seconds",
+            "unhandled_retention_seconds",
         )
         for value in NO_SECONDS
     ),
+    *({"retention": {"audit.#": value}} for value in NO_SECONDS), {"retention": None}, {"retention": 60},
+    *({"retention": {pattern: 60}} for pattern in ("", "audit.", "audit.a*", "a b", "x" * 256, "é", 1)),
     {"poll_interval_seconds": 0}, {"poll_interval_seconds": None}, {"recovery_grace_seconds": 0},
     {"shutdown_timeout_seconds": None}, {"backoff_first_seconds": 1000}, {"backoff_ceiling_seconds": 0.5},
     {"isolation_level": "AUTOCOMMIT"}, {"isolation_level": "READ UNCOMMITTED"}, {"isolation_level": None},
@@ -346,6 +365,8 @@ def test_a_message_says_what_to_write() -> None:
     [
         ({"retention_seconds": None}, None), ({"retention_seconds": "None"}, None),
         ({"retention_seconds": 0}, 0),
+        ({"retention": {"audit.#": "none", "order.*": "60"}}, {"audit.#": None, "order.*": 60}),
+        ({"dead_retention_seconds": 60}, 60), ({"unhandled_retention_seconds": "none"}, None),
         ({"n_workers": "7"}, 7), ({"backoff_first_seconds": 0, "backoff_ceiling_seconds": 0}, 0),
         ({"channel": "Größe"}, "Größe"), ({"isolation_level": "SERIALIZABLE"}, "SERIALIZABLE"),
     ],

@@ -17,7 +17,9 @@ import asyncpg
 from pgebus._runtime.faults import is_disconnect
 from pgebus._runtime.fitness import ASK_SECONDS
 from pgebus._runtime.presence import Presence
+from pgebus._runtime.pruning import Pruner
 from pgebus._runtime.pulse import Pulse
+from pgebus._runtime.retention import Retention
 from pgebus._runtime.store import Backfill, KeyPlace, Store
 from pgebus.groups import Group
 from pgebus.routing import EventRouter
@@ -27,8 +29,6 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS: Final = 1.0
 # All locks vanish at once when the server starts, while the workers live and are on their way back.
 FRESH_SERVER_GRACE_SECONDS: Final = 10.0
-PRUNE_SECONDS: Final = 60.0
-PRUNE_BATCH: Final = 1_000
 SUBSCRIBE_SECONDS: Final = 30.0
 # How many events a statement of the backfill looks at, and how long it goes on in one round.
 BACKFILL_BATCH: Final = 10_000
@@ -160,7 +160,7 @@ class Maintenance:
         presence: This worker is never its own coroner.
         served: Returns the groups that this worker serves.
         grace: Seconds without a lock after which a worker is dead.
-        retention: Seconds after which finished events are removed; None keeps them.
+        retention: How long this worker was told to keep what.
         look: Called when something may have become claimable.
         learned: Called when handlers were registered since the last round.
         complaints: Returns why nothing can be claimed, though no statement has failed.
@@ -175,7 +175,7 @@ class Maintenance:
         served: Callable[[], Sequence[str]],
         *,
         grace: float,
-        retention: float | None,
+        retention: Retention,
         look: Callable[[], None],
         learned: Callable[[], None],
         complaints: Callable[[], Awaitable[tuple[str, ...]]],
@@ -186,19 +186,18 @@ class Maintenance:
         self._presence = presence
         self._served = served
         self._coroner = Coroner(grace)
-        self._retention = retention
         self._look = look
         self._learned = learned
         self._complaints = complaints
         self._ask_at = monotonic() + ASK_SECONDS
         self._health = health
         self._backfiller = Backfiller(store, look)
+        self._pruner = Pruner(store, presence, retention)
         self._subscribed_version: int | None = None
         self._subscribe_at = monotonic()
         self._configured = False
         self._sweep_at = monotonic()
         self._swept: KeyPlace | None = None
-        self._prune_at = monotonic() + PRUNE_SECONDS
 
     async def run(self) -> NoReturn:
         """Do a round each second."""
@@ -225,8 +224,7 @@ class Maintenance:
         await self.subscribe()
         if monotonic() >= self._sweep_at:
             await self._sweep()
-        if monotonic() >= self._prune_at:
-            await self._prune()
+        await self._pruner.round()
         await self._backfiller.round()
 
     async def _sweep(self) -> None:
@@ -281,17 +279,3 @@ class Maintenance:
                 extra={"pgebus_dead_workers": dead},
             )
             self._look()
-
-    async def _prune(self) -> None:
-        """Remove what is finished and old enough, in short transactions; the rest of it next time."""
-        self._prune_at = monotonic() + PRUNE_SECONDS
-        await self._store.prune_workers()
-        if self._retention is None:
-            return
-        try:
-            pruned = await self._store.prune_events(self._retention, PRUNE_BATCH)
-        except asyncpg.ForeignKeyViolationError as error:
-            logger.warning("Finished events are kept, because rows of table %r refer to them.", error.table_name)
-            return
-        if pruned >= PRUNE_BATCH // 2:
-            self._prune_at = monotonic()

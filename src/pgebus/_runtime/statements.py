@@ -14,7 +14,7 @@ from typing import Final
 from pgebus.models import BEAT_ABSENT_SECONDS
 from pgebus.names import quote_identifier, quote_literal
 from pgebus.operations._statements import KEPT_ERRORS, NOT_PURGED
-from pgebus.operations.pruning import prune_events
+from pgebus.operations.pruning import NUMBERED, delete_ripe, lock_ripe
 
 # How long after its last declaration a pattern counts as handled by somebody; running processes renew it each minute.
 DECLARED_MINUTES: Final = 3
@@ -570,8 +570,63 @@ WITH done AS (
 ), told AS MATERIALIZED (SELECT pg_notify($1::text, ''))
 SELECT count(*) FROM told"""
 
-        # Events that every group has finished long enough ago: $1 seconds, $2 limit.
-        self.prune_events: Final = prune_events(s, "$1::double precision", "$2::integer")
+        # What was finished in some group: $1 more than so many seconds ago, $2 after a time in microseconds since the
+        # epoch, $3 limit, $4 channel. Those of other channels come too, or looking for ours among them would have no
+        # end. WITH TIES, because the time is the whole place: what ended at one moment comes at once, and never again.
+        self.finished: Final = f"""
+SELECT d.event_id, d.type, d.channel = $4::text AS ours, (extract(epoch FROM d.finished_at) * 1000000)::bigint AS place,
+       true AS old, false AS young
+FROM {s}.deliveries d
+WHERE d.status IN ('completed', 'cancelled') AND d.finished_at < now() - make_interval(secs => $1::double precision)
+  AND d.finished_at > timestamptz 'epoch' + interval '1 microsecond' * $2::bigint
+ORDER BY d.finished_at FETCH FIRST ($3::integer) ROWS WITH TIES"""
+        # What died in one group: $1 to $4 as above, $5 group.
+        self.died: Final = f"""
+SELECT d.event_id, d.type, true AS ours, (extract(epoch FROM d.finished_at) * 1000000)::bigint AS place, true AS old,
+       false AS young
+FROM {s}.deliveries d
+WHERE d.status = 'dead' AND d.channel = $4::text AND d.consumer_group = $5::text
+  AND d.finished_at < now() - make_interval(secs => $1::double precision)
+  AND d.finished_at > timestamptz 'epoch' + interval '1 microsecond' * $2::bigint
+ORDER BY d.finished_at FETCH FIRST ($3::integer) ROWS WITH TIES"""
+        # What nobody handles of one type: $1 seconds, $2 after this event id, $3 to $5 as above, $6 type; whether it is
+        # old enough, and whether it was published since.
+        self.unhandled: Final = f"""
+SELECT u.event_id, $6::text AS type, true AS ours, u.event_id AS place,
+  greatest(u.due_at, e.created_at) < now() - make_interval(secs => $1::double precision) AS old,
+  e.created_at >= now() - make_interval(secs => $1::double precision) AS young
+FROM (
+  SELECT d.event_id, d.due_at FROM {s}.deliveries d
+  WHERE d.status = 'unhandled' AND d.channel = $4::text AND d.consumer_group = $5::text AND d.type = $6::text
+    AND d.event_id > $2::bigint ORDER BY d.event_id LIMIT $3::integer) u
+LEFT JOIN LATERAL (SELECT e.created_at FROM {s}.events e WHERE e.id = u.event_id ORDER BY e.id LIMIT 1) e ON true
+ORDER BY u.event_id"""
+
+        # The groups with deliveries of a status: $1 channel. A skip scan, as below for the types.
+        def groups_with(status: str) -> str:
+            return f"""
+WITH RECURSIVE g AS (
+  SELECT (SELECT d.consumer_group FROM {s}.deliveries d WHERE d.status = '{status}' AND d.channel = $1::text
+          ORDER BY d.consumer_group LIMIT 1) AS name
+  UNION ALL
+  SELECT (SELECT d.consumer_group FROM {s}.deliveries d WHERE d.status = '{status}' AND d.channel = $1
+            AND d.consumer_group > g.name ORDER BY d.consumer_group LIMIT 1) FROM g WHERE g.name IS NOT NULL
+)
+SELECT name FROM g WHERE name IS NOT NULL"""
+
+        self.groups_with_dead: Final = groups_with("dead")
+        self.groups_with_unhandled: Final = groups_with("unhandled")
+        # In one transaction: $1 event ids, $2 for each the seconds for which what is finished is kept, $3 the same for
+        # the dead, $4 for the unhandled.
+        self.lock_ripe: Final = lock_ripe(s, NUMBERED)
+        self.delete_ripe: Final = delete_ripe(s, NUMBERED)
+        # What this worker's settings say: $1 worker, $2 JSON.
+        self.declare_retention: Final = f"UPDATE {s}.workers SET retention = $2::jsonb WHERE id = $1::bigint"
+        # What those of all that run say, and the clock in microseconds: $1 channel.
+        self.retentions: Final = f"""
+SELECT (extract(epoch FROM now()) * 1000000)::bigint AS now, array(
+  SELECT w.retention::text FROM {s}.workers w
+  WHERE w.channel = $1::text AND w.ended_at IS NULL AND w.retention IS NOT NULL) AS retentions"""
         self.prune_workers: Final = f"""
 DELETE FROM {s}.workers w WHERE w.ended_at < now() - interval '1 day'
   AND NOT EXISTS (SELECT FROM {s}.deliveries d WHERE d.worker_id = w.id AND d.status = 'running')"""

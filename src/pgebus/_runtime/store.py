@@ -12,7 +12,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from time import monotonic
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypeVar
 
 import asyncpg
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -390,9 +390,62 @@ class Store:
         """Say which groups this worker serves by now."""
         await self._line.fetch(self._sql.serve, worker_id, list(groups))
 
-    async def prune_events(self, older_than: float, limit: int) -> int:
-        """Delete up to *limit* finished events older than *older_than* seconds; return how many."""
-        return int(await self._line.value(self._sql.prune_events, older_than, limit))
+    async def finished(self, older_than: float, after: int, limit: int) -> list[asyncpg.Record]:
+        """Return *limit* deliveries that were finished more than *older_than* seconds ago, behind a place.
+
+        Args:
+            older_than: Seconds.
+            after: A time in microseconds since the epoch.
+            limit: How many; more, where several were finished at the moment of the last one.
+
+        Returns:
+            Rows (event_id, type, ours, place, old, young) in the order of their places.
+        """
+        return await self._line.fetch(self._sql.finished, older_than, after, limit, self._channel)
+
+    async def died(self, group: str, older_than: float, after: int, limit: int) -> list[asyncpg.Record]:
+        """The same for those of one group that are dead."""
+        return await self._line.fetch(self._sql.died, older_than, after, limit, self._channel, group)
+
+    async def left_unhandled(
+        self, group: str, event_type: str, older_than: float, after: int, limit: int
+    ) -> list[asyncpg.Record]:
+        """The same for those of one type that are unhandled, *after* an event id; also what is not `old` yet."""
+        sql = self._sql.unhandled
+        return await self._line.fetch(sql, older_than, after, limit, self._channel, group, event_type)
+
+    async def groups_with(self, status: Literal["dead", "unhandled"]) -> list[str]:
+        """Return the groups that have deliveries of this status."""
+        sql = self._sql.groups_with_dead if status == "dead" else self._sql.groups_with_unhandled
+        return [row["name"] for row in await self._line.fetch(sql, self._channel)]
+
+    async def remove(self, kept: Mapping[int, float | None], *, dead: float | None, unhandled: float | None) -> int:
+        """Delete those of some events of which no delivery has to be kept any longer, in one short transaction.
+
+        Args:
+            kept: Event ids, and the seconds for which what is finished of them is kept; None, for ever.
+            dead: The seconds for which what is dead is kept; None, for ever.
+            unhandled: The same for what is unhandled.
+
+        Returns:
+            How many are gone. One that is locked, or of which a delivery is, is passed over.
+        """
+        async with self._line.transaction() as fetch:
+            rows = await fetch(self._sql.lock_ripe, list(kept), list(kept.values()), dead, unhandled)
+            locked = {row["id"]: kept[row["id"]] for row in rows}
+            if not locked:
+                return 0
+            rows = await fetch(self._sql.delete_ripe, list(locked), list(locked.values()), dead, unhandled)
+        return int(rows[0]["gone"])
+
+    async def declare_retention(self, worker_id: int, retention: str) -> None:
+        """Write down, as JSON, how long this worker would keep what."""
+        await self._line.fetch(self._sql.declare_retention, worker_id, retention)
+
+    async def retentions(self) -> tuple[int, list[str]]:
+        """Return the database's clock in microseconds since the epoch, and what the workers that run would keep."""
+        row = (await self._line.fetch(self._sql.retentions, self._channel))[0]
+        return row["now"], row["retentions"]
 
     async def prune_workers(self) -> None:
         """Delete the rows of workers that ended a day ago."""

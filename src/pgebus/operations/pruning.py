@@ -1,6 +1,9 @@
-"""Events that are finished and old, removed: `prune()`, and the statement that workers prune with.
+"""Events that are finished and old, removed: `prune()`, and the statements that workers prune with.
 
 It commits nothing.
+
+An event is locked first, and looked at by a statement of its own then. In one statement, what a replay or a backfill
+commits between its snapshot and its lock would be deleted with the event, and never be handled.
 """
 
 # ruff: noqa: S608 - the only thing ever filled in is a quoted identifier and text of this package
@@ -8,11 +11,11 @@ It commits nothing.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Final
+from typing import Final, NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from pgebus.errors import ConfigurationError
+from pgebus.errors import ConfigurationError, SessionStateError
 from pgebus.operations._statements import fetch, schema_of
 from pgebus.operations.selection import check_limit
 
@@ -24,13 +27,14 @@ _LONGEST: Final = timedelta(days=365_000)
 async def prune(session: AsyncSession, older_than: timedelta, *, limit: int = 1_000) -> int:
     """Delete events that every group has finished longer ago than *older_than*, and their deliveries with them.
 
-    What workers do by themselves after `retention_seconds`, for another age. Finished is completed or cancelled: an
-    event with a delivery that is dead, unhandled or still to be handled is kept. Their `dedup_key`s are free again.
+    What workers do by themselves after their retention, for another age and for all event types and channels alike.
+    Finished is completed or cancelled: an event with a delivery that is dead, unhandled or still to be handled is kept.
+    Their `dedup_key`s are free again.
 
-    Done again it finds nothing. A row that somebody has locked is passed over.
+    Done again it finds nothing. An event is passed over when somebody has locked it, or one of its deliveries.
 
     Args:
-        session: Its transaction is yours to commit.
+        session: Its transaction is yours to commit; at READ COMMITTED.
         older_than: By the database's clock; from zero.
         limit: How many deliveries are looked at, at most; 1 to 10,000. Call again, after the commit, until it is zero.
 
@@ -39,11 +43,24 @@ async def prune(session: AsyncSession, older_than: timedelta, *, limit: int = 1_
 
     Raises:
         ConfigurationError: If an argument is none of its kind; nothing was sent.
+        SessionStateError: If the session is in AUTOCOMMIT, or at REPEATABLE READ or above, where a statement would not
+            see what was committed before its event was locked; nothing was changed.
         sqlalchemy.exc.IntegrityError: If a table of yours refers to an event; the transaction has to be rolled back.
     """
-    parameters = {"seconds": check_age(older_than), "limit": check_limit(limit)}
+    seconds, limit = check_age(older_than), check_limit(limit)
     s = await schema_of(session)
-    (row,) = await fetch(session, prune_events(s, "CAST(:seconds AS double precision)", ":limit"), **parameters)
+    await _require_fresh_snapshots(session)
+    sql = f"""
+WITH {_CUT}
+SELECT d.event_id FROM {prunable(s)} ORDER BY d.finished_at, d.event_id LIMIT :limit"""
+    ids = sorted({row[0] for row in await fetch(session, sql, seconds=seconds, limit=limit)})
+    kept: dict[str, float | None] = {"dead": None, "unhandled": None}
+    locked = [
+        row[0] for row in await fetch(session, lock_ripe(s, _NAMED), ids=ids, seconds=[seconds] * len(ids), **kept)
+    ]
+    if not locked:
+        return 0
+    (row,) = await fetch(session, delete_ripe(s, _NAMED), ids=locked, seconds=[seconds] * len(locked), **kept)
     return int(row[0])
 
 
@@ -55,33 +72,105 @@ async def count_prunable(session: AsyncSession, older_than: timedelta) -> int:
     """
     seconds = check_age(older_than)
     s = await schema_of(session)
-    sql = f"""
-WITH cut AS MATERIALIZED (SELECT now() - make_interval(secs => CAST(:seconds AS double precision)) AS at)
-SELECT count(DISTINCT d.event_id) FROM {prunable(s)}"""
-    (row,) = await fetch(session, sql, seconds=seconds)
+    (row,) = await fetch(session, f"WITH {_CUT} SELECT count(DISTINCT d.event_id) FROM {prunable(s)}", seconds=seconds)
     return int(row[0])
 
 
-def prune_events(s: str, seconds: str, limit: str) -> str:
-    """Return the statement: *s* is the quoted schema, the others are how the driver writes its parameters.
+async def _require_fresh_snapshots(session: AsyncSession) -> None:
+    connection = await session.connection()
+    if await connection.run_sync(lambda c: getattr(c.connection.dbapi_connection, "autocommit", False)):
+        raise SessionStateError("prune() takes several statements: the session must not be in AUTOCOMMIT.")
+    ((level,),) = await fetch(session, "SELECT current_setting('transaction_isolation')")
+    if level not in ("read committed", "read uncommitted"):
+        raise SessionStateError(
+            f"At {level.upper()} prune() would not see what was committed a moment ago. Use READ COMMITTED."
+        )
 
-    A dead or unfinished delivery keeps its event. Deliveries go with their event.
+
+class Written(NamedTuple):
+    """How a driver writes the parameters: event ids, and for each the seconds for which what is finished is kept.
+
+    Attributes:
+        ids: An array.
+        seconds: An array as long; NULL keeps the event.
+        dead: Seconds for which the dead are kept; NULL, for ever.
+        unhandled: The same for the unhandled.
+    """
+
+    ids: str
+    seconds: str
+    dead: str
+    unhandled: str
+
+
+_NAMED: Final = Written(
+    "CAST(:ids AS bigint[])",
+    "CAST(:seconds AS double precision[])",
+    "CAST(:dead AS double precision)",
+    "CAST(:unhandled AS double precision)",
+)
+NUMBERED: Final = Written("$1::bigint[]", "$2::double precision[]", "$3::double precision", "$4::double precision")
+_CUT: Final = "cut AS MATERIALIZED (SELECT now() - make_interval(secs => CAST(:seconds AS double precision)) AS at)"
+
+
+def ripe(kept: Written, *, of: str = "u") -> str:
+    """Return whether a delivery `d` has been kept for its time: NULL where it has no end.
+
+    Nothing says when a delivery became unhandled: so its time begins when it was due, or at its event's creation.
+    """
+    return f"""(CASE WHEN d.status IN ('completed', 'cancelled')
+      THEN d.finished_at < now() - make_interval(secs => {of}.seconds)
+      WHEN d.status = 'dead' THEN d.finished_at < now() - make_interval(secs => {kept.dead})
+      WHEN d.status = 'unhandled'
+      THEN greatest(d.due_at, {of}.created_at) < now() - make_interval(secs => {kept.unhandled}) END)"""
+
+
+def lock_ripe(s: str, kept: Written) -> str:
+    """Return the first statement: lock those events that are ripe; *s* is the quoted schema.
+
+    Deliveries without an event are named too: left by a deletion without triggers, nothing else would remove them.
     """
     return f"""
-WITH cut AS MATERIALIZED (SELECT now() - make_interval(secs => {seconds}) AS at), old AS MATERIALIZED (
-  SELECT d.event_id FROM {prunable(s)}
-  ORDER BY d.finished_at LIMIT {limit}
-), ids AS MATERIALIZED (
-  SELECT e.id FROM {s}.events e WHERE e.id IN (SELECT event_id FROM old) ORDER BY e.id FOR UPDATE SKIP LOCKED
-), gone AS (
-  DELETE FROM {s}.events e USING ids WHERE e.id = ids.id RETURNING e.id
-), orphans AS (
-  -- left by a deletion without triggers, they would fill every batch for ever
-  DELETE FROM {s}.deliveries d USING old
-  WHERE d.event_id = old.event_id AND NOT EXISTS (SELECT FROM {s}.events e WHERE e.id = d.event_id)
-  RETURNING d.event_id
+WITH u AS MATERIALIZED (
+  SELECT i.id, i.seconds, e.created_at, e.id IS NULL AS orphaned
+  FROM unnest({kept.ids}, {kept.seconds}) i(id, seconds)
+  LEFT JOIN LATERAL (SELECT e.id, e.created_at FROM {s}.events e WHERE e.id = i.id ORDER BY e.id LIMIT 1) e ON true
+), ripe AS MATERIALIZED (
+  SELECT u.id, u.orphaned FROM u WHERE (
+    SELECT d.event_id FROM {s}.deliveries d WHERE d.event_id = u.id AND {ripe(kept)} IS NOT TRUE
+    ORDER BY d.event_id LIMIT 1) IS NULL
+  ORDER BY u.id
+), free AS MATERIALIZED (
+  SELECT f.id FROM ripe CROSS JOIN LATERAL (
+    SELECT e.id FROM {s}.events e WHERE e.id = ripe.id ORDER BY e.id LIMIT 1 FOR UPDATE SKIP LOCKED) f
 )
-SELECT (SELECT count(*) FROM gone) + (SELECT count(*) FROM orphans)"""
+SELECT f.id FROM free f UNION ALL SELECT r.id FROM ripe r WHERE r.orphaned"""
+
+
+def delete_ripe(s: str, kept: Written) -> str:
+    """Return the second: delete those that still are, with a snapshot that is newer than the locks.
+
+    Nobody gives a locked event a new delivery. The deliveries that it has are locked too, and passed over with their
+    event where somebody else has them: a claim, a redrive, or a person's open transaction, which nobody waits for.
+    """
+    return f"""
+WITH u AS MATERIALIZED (
+  SELECT i.id, i.seconds, e.created_at, e.place FROM unnest({kept.ids}, {kept.seconds}) i(id, seconds)
+  LEFT JOIN LATERAL (
+    SELECT e.created_at, e.ctid AS place FROM {s}.events e WHERE e.id = i.id ORDER BY e.id LIMIT 1) e ON true
+), locked AS MATERIALIZED (
+  SELECT u.id, u.place AS event, l.place FROM u CROSS JOIN LATERAL (
+    SELECT d.ctid AS place FROM {s}.deliveries d WHERE d.event_id = u.id AND {ripe(kept)}
+    ORDER BY d.consumer_group FOR UPDATE SKIP LOCKED) l
+), whole AS MATERIALIZED (
+  SELECT l.id, l.event FROM (SELECT id, event, count(*) AS n FROM locked GROUP BY id, event) l
+  WHERE l.n = (SELECT count(*) FROM {s}.deliveries d WHERE d.event_id = l.id)
+), gone AS (
+  DELETE FROM {s}.events e USING whole WHERE e.ctid = whole.event RETURNING e.id
+), orphans AS (
+  DELETE FROM {s}.deliveries d USING locked WHERE locked.event IS NULL AND d.ctid = locked.place RETURNING d.event_id
+)
+SELECT (SELECT count(*) FROM gone) + (SELECT count(*) FROM orphans) AS gone"""
 
 
 def prunable(s: str) -> str:

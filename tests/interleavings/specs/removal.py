@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
+from pgebus import operations
 from pgebus._runtime.store import Backfill
 from tests.interleavings.parties import Party, Step
 from tests.interleavings.races import race
@@ -19,8 +22,10 @@ from tests.interleavings.steps import (
     PRUNE,
     REDRIVE,
     REPLAY,
+    ROLLBACK,
     by_hand,
     claim,
+    operation,
     publish,
     together,
 )
@@ -162,6 +167,101 @@ def replay_and_prune(_level: str) -> Spec:
         outcome=outcome,
         allowed={"replayed 1, pruned 0: a pending", "replayed 0, pruned 1: -"},
         waits={"person.lock"},
+    )
+
+
+# Pruning calls this instead of PostgreSQL's own, and waits in it with a snapshot that it has taken already.
+_PAUSE = """
+CREATE SCHEMA IF NOT EXISTS pause;
+CREATE OR REPLACE FUNCTION pause.make_interval(secs double precision) RETURNS interval LANGUAGE plpgsql AS $$
+BEGIN
+  PERFORM pg_advisory_xact_lock_shared(7);
+  RETURN pg_catalog.make_interval(secs => secs);
+END $$"""
+_PAUSING = "SET search_path = pause, pg_catalog"
+_HOLD = by_hand("hold", "SELECT pg_advisory_xact_lock(7)")
+
+
+async def _remove(party: Party) -> int:
+    """What a worker's pruning does with what it has found."""
+    raw = await party.line.driver()
+    await raw.execute(_PAUSING)
+    return await party.store.remove({1: 0.0}, dead=None, unhandled=None)
+
+
+async def _prune_by_hand(party: Party) -> int:
+    await (await party.session.connection()).exec_driver_sql(_PAUSING)
+    return await operations.prune(party.session, timedelta(0))
+
+
+async def _replay(party: Party) -> int:
+    return len(await operations.replay(party.session, "g"))
+
+
+async def _revive(party: Party) -> int:
+    """A group that was removed and is there again gets back what was cancelled."""
+    return (await party.store.backfill(Backfill("g", "#", 0, ""), 0, 100, 100))[0]
+
+
+def _while_pruning(prune: Step, put_back: Step, status: str) -> Spec:
+    async def setup(scene: Scene) -> None:
+        await scene.sql.execute(_PAUSE)
+        await scene.group("g")
+        await scene.events("a")
+        await scene.sql.execute(
+            "UPDATE pgebus.deliveries SET status = $1, finished_at = now() - interval '1 hour'", status
+        )
+
+    async def outcome(scene: Scene) -> str:
+        put_back, pruned = scene.result("person.put back"), scene.result("maintainer.prune")
+        return f"put back {put_back}, pruned {pruned}: {await scene.rows('status')}"
+
+    return Spec(
+        setup=setup,
+        sessions={"gate": (_HOLD, COMMIT), "maintainer": (prune, COMMIT), "person": (put_back, COMMIT)},
+        outcome=outcome,
+        allowed={"put back 1, pruned 0: a pending", "put back 0, pruned 1: -"},
+        waits={"maintainer.prune", "gate.hold"},
+    )
+
+
+@race(RC)
+def replay_while_pruning(_level: str) -> Spec:
+    """What was replayed after a worker's pruning took its snapshot, and before it locked the event, is kept."""
+    return _while_pruning(Step("prune", _remove), Step("put back", _replay), "completed")
+
+
+@race(RC)
+def revive_while_pruning(_level: str) -> Spec:
+    """The same for what a backfill puts back."""
+    return _while_pruning(Step("prune", _remove), Step("put back", _revive), "cancelled")
+
+
+@race(RC)
+def replay_while_a_person_prunes(_level: str) -> Spec:
+    """The same where a person prunes."""
+    return _while_pruning(Step("prune", _prune_by_hand), Step("put back", _replay), "completed")
+
+
+@race(RC)
+def prune_and_hold(_level: str) -> Spec:
+    """Pruning waits for nobody who has locked a finished delivery, and takes the events beside it."""
+
+    async def setup(scene: Scene) -> None:
+        await scene.group("g")
+        await scene.events("a", "b")
+        await scene.sql.execute("UPDATE pgebus.deliveries SET status = 'completed', finished_at = now()")
+
+    async def outcome(scene: Scene) -> str:
+        return f"pruned {scene.result('x.prune')}: {await scene.rows('status')}"
+
+    lock = by_hand("lock", "SELECT FROM pgebus.deliveries WHERE event_id = 1 FOR UPDATE SKIP LOCKED")
+    by_person = operation("prune", operations.prune, timedelta(0))
+    return Spec(
+        setup=setup,
+        sessions={"person": (lock, COMMIT), "x": (PRUNE, COMMIT), "y": (by_person, ROLLBACK)},
+        outcome=outcome,
+        allowed={"pruned 2: -", "pruned 1: a completed", "pruned 0: a completed, b completed"},
     )
 
 

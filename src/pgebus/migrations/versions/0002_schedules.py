@@ -1,4 +1,4 @@
-"""Schedules: up to which time each was published, so that a cluster publishes each time once.
+"""Schedules: up to which time each was published, so that a cluster publishes each time once. And what workers keep.
 
 Nothing that the release before uses is changed: its processes go on while this revision is there.
 """
@@ -18,7 +18,7 @@ depends_on: str | None = None
 
 
 def upgrade() -> None:
-    """Create the table."""
+    """Create the table and the column."""
     execute(
         op.get_context(),
         """
@@ -35,14 +35,17 @@ CREATE TABLE {schema}.schedules (
   CONSTRAINT pk_schedules PRIMARY KEY (channel, type, cron, timezone)
 )
 """,
+        # What each worker's settings say, so that none deletes what another one would still keep.
+        "ALTER TABLE {schema}.workers ADD COLUMN retention jsonb",
         "CREATE OR REPLACE FUNCTION {schema}.schema_version() RETURNS integer LANGUAGE sql IMMUTABLE AS 'SELECT 2'",
     )
 
 
 def downgrade() -> None:
-    """Drop the table; what the clock has published stays."""
+    """Drop the table and the column; what the clock has published stays."""
     execute(
         op.get_context(),
         "DROP TABLE {schema}.schedules",
+        "ALTER TABLE {schema}.workers DROP COLUMN retention",
         "CREATE OR REPLACE FUNCTION {schema}.schema_version() RETURNS integer LANGUAGE sql IMMUTABLE AS 'SELECT 1'",
     )

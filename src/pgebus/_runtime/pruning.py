@@ -1,0 +1,193 @@
+"""Removes what has been kept long enough: a bit each round, in short transactions.
+
+A pass goes through what is finished in the order in which it was finished, and looks at nothing twice: neither at what
+another group still holds, nor at what is kept longer. The next pass goes on where the last one has ended. That is
+enough, because an event can go when the last of its deliveries can, and that one is met at its own place. What it
+cannot know of, such as what was locked, is made up for by a pass from the beginning, once an hour.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from time import monotonic
+from typing import Final, TypeAlias
+
+import asyncpg
+
+from pgebus._runtime.presence import Presence
+from pgebus._runtime.retention import Keeping, Retention
+from pgebus._runtime.store import Store
+
+logger = logging.getLogger(__name__)
+
+PRUNE_SECONDS: Final = 60.0
+PRUNE_BATCH: Final = 1_000
+# How long a round goes on; rounds come each second.
+ROUND_SECONDS: Final = 0.5
+FROM_THE_BEGINNING_SECONDS: Final = 3600.0
+# So much is looked at again: what was finished before the last pass, and committed after it.
+OVERLAP_MICROSECONDS: Final = 600_000_000
+BEGINNING: Final = 0
+
+Look: TypeAlias = Callable[[int, int], Awaitable[list[asyncpg.Record]]]
+
+
+@dataclass
+class Walk:
+    """One way through the deliveries, in one order.
+
+    Attributes:
+        look: Returns what comes behind a place.
+        what: What is looked for, as logs call it.
+        term: Only types that are kept for so long are taken; None takes all.
+        after: The place of the last delivery that was looked at.
+    """
+
+    look: Look
+    what: str
+    term: float | None = None
+    after: int = BEGINNING
+
+
+class Pruner:
+    """Prunes the events of the worker's channel.
+
+    Args:
+        store: On the connection of the maintenance.
+        presence: Who this worker is.
+        retention: What this worker was told.
+    """
+
+    def __init__(self, store: Store, presence: Presence, retention: Retention) -> None:
+        self._store = store
+        self._presence = presence
+        self._retention = retention
+        self._declared: int | None = None
+        self._said: frozenset[str] = frozenset()
+        self._keeping = Keeping([retention])
+        self._reached: dict[float, int] = {}
+        self._walks: deque[Walk] = deque()
+        self._now = 0
+        self._next_at = monotonic() + PRUNE_SECONDS
+        self._whole_at = monotonic()
+        self._refused: set[str] = set()
+
+    async def round(self) -> None:
+        """Say what this worker keeps; and when it is time, go on for a while."""
+        worker_id = self._presence.worker_id
+        if worker_id is not None and worker_id != self._declared and self._presence.here:
+            await self._store.declare_retention(worker_id, self._retention.to_json())
+            self._declared = worker_id
+        if monotonic() < self._next_at or self._declared is None:
+            return
+        until = monotonic() + ROUND_SECONDS
+        if not self._walks:
+            await self._store.prune_workers()
+            if not await self._begin():
+                self._next_at = monotonic() + PRUNE_SECONDS
+                return
+        while self._walks:
+            if not await self._step(self._walks[0]):
+                self._walks.popleft()
+            if monotonic() >= until and self._walks:
+                return
+        self._next_at = monotonic() + PRUNE_SECONDS
+
+    async def _begin(self) -> bool:
+        """Learn what the others keep, and set out; return whether that is known."""
+        self._now, said = await self._store.retentions()
+        try:
+            others = [Retention.from_json(text) for text in sorted(set(said))]
+        except ValueError as error:
+            logger.warning("Nothing is pruned while a worker runs whose retention is not understood: %s.", error)
+            return False
+        if frozenset(said) != self._said or monotonic() >= self._whole_at:
+            self._said = frozenset(said)
+            self._whole_at = monotonic() + FROM_THE_BEGINNING_SECONDS
+            self._keeping = Keeping([self._retention, *others])
+            self._reached.clear()
+            await self._look_for_the_kept()
+        self._refused.clear()
+        self._walks.extend(self._walk_of(term) for term in self._keeping.terms)
+        return True
+
+    def _walk_of(self, term: float) -> Walk:
+        # A transaction may have been long about the commit of what it finished.
+        after = min(self._reached.get(term, BEGINNING), self._now - OVERLAP_MICROSECONDS)
+
+        async def look(after: int, limit: int) -> list[asyncpg.Record]:
+            return await self._store.finished(term, after, limit)
+
+        return Walk(look, "finished", term, after)
+
+    async def _look_for_the_kept(self) -> None:
+        """Set out for what is dead or unhandled, too: it is rare, and in no hurry."""
+        store, dead, unhandled = self._store, self._keeping.dead, self._keeping.unhandled
+        if dead is not None:
+            for group in await store.groups_with("dead"):
+                self._walks.append(Walk(_look_at_dead(store, group, dead), "dead"))
+        if unhandled is not None:
+            for group, event_type in await store.unhandled_types(await store.groups_with("unhandled")):
+                self._walks.append(Walk(_look_at_unhandled(store, group, event_type, unhandled), "unhandled"))
+
+    async def _step(self, walk: Walk) -> bool:
+        """Take one batch; return whether there may be more."""
+        rows = await walk.look(walk.after, PRUNE_BATCH)
+        kept = {row["event_id"]: self._keeping.of(row["type"]) for row in rows if row["ours"] and row["old"]}
+        if walk.term is not None:
+            kept = {event_id: seconds for event_id, seconds in kept.items() if seconds == walk.term}
+        gone = 0
+        for some in batched(kept, PRUNE_BATCH):  # many may have been finished at one moment
+            gone += await self._remove({event_id: kept[event_id] for event_id in some})
+        if gone and walk.term is None:
+            types = Counter(row["type"] for row in rows if row["event_id"] in kept)
+            logger.warning(
+                "Events deleted that were %s, because their retention is over: %d; of the types %s.",
+                walk.what,
+                gone,
+                ", ".join(f"{name} ({count})" for name, count in types.most_common(5)),
+            )
+        if not rows:
+            return False
+        walk.after = rows[-1]["place"]
+        if walk.term is not None:
+            self._reached[walk.term] = walk.after
+        # Ids grow with time: behind an unhandled one that is young, all are.
+        return len(rows) >= PRUNE_BATCH and not rows[-1]["young"]
+
+    async def _remove(self, kept: Mapping[int, float | None]) -> int:
+        try:
+            return await self._store.remove(kept, dead=self._keeping.dead, unhandled=self._keeping.unhandled)
+        except asyncpg.ForeignKeyViolationError as error:
+            self._refuse(error)
+            return 0
+
+    def _refuse(self, error: asyncpg.ForeignKeyViolationError) -> None:
+        if str(error.table_name) not in self._refused:
+            self._refused.add(str(error.table_name))
+            logger.warning("Events are kept, because rows of table %r refer to them.", error.table_name)
+
+
+def _look_at_dead(store: Store, group: str, seconds: float) -> Look:
+    async def look(after: int, limit: int) -> list[asyncpg.Record]:
+        return await store.died(group, seconds, after, limit)
+
+    return look
+
+
+def _look_at_unhandled(store: Store, group: str, event_type: str, seconds: float) -> Look:
+    async def look(after: int, limit: int) -> list[asyncpg.Record]:
+        return await store.left_unhandled(group, event_type, seconds, after, limit)
+
+    return look
+
+
+def batched(ids: Iterable[int], size: int) -> Iterator[list[int]]:
+    """Return *ids* in lists of *size*; itertools has it from Python 3.12 on."""
+    rest = iter(ids)
+    while some := list(islice(rest, size)):
+        yield some

@@ -1,0 +1,239 @@
+"""What a worker prunes, and what it looks at on the way."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+from sqlalchemy import text
+from tests.postgres.plain_sql import Sql
+from tests.postgres.states import STATES, deliver, event_in
+
+from pgebus import DatabaseSessionManager
+from pgebus._runtime.presence import Presence
+from pgebus._runtime.pruning import Pruner
+from pgebus._runtime.retention import Retention
+from pgebus._runtime.statements import Statements
+from pgebus._runtime.store import Line, Store
+from pgebus.database import make_engine
+from pgebus.settings import DatabaseSettings
+
+HOUR = 3600.0
+
+
+class Watched(Store):
+    """Counts which deliveries it has looked at."""
+
+    seen: Counter[int]
+
+    async def finished(self, older_than: float, after: int, limit: int) -> list[asyncpg.Record]:
+        rows = await super().finished(older_than, after, limit)
+        assert len({row["place"] for row in rows}) <= limit
+        self.seen.update(row["event_id"] for row in rows)
+        return rows
+
+
+@pytest.fixture
+async def store(database: DatabaseSettings) -> AsyncIterator[Watched]:
+    engine = make_engine(database, isolation_level="AUTOCOMMIT")
+    line = Line(engine)
+    watched = Watched(line, Statements("pgebus"), "events")
+    watched.seen = Counter()
+    yield watched
+    await line.close()
+    await engine.dispose()
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgebus._runtime.pruning.PRUNE_SECONDS", 0.0)
+
+
+async def pruner(store: Store, sql: Sql, retention: Retention, worker_id: int = 5) -> Pruner:
+    presence = Presence(lambda _: None)
+    presence.worker_id = worker_id
+    presence.arrive()
+    await sql.execute("INSERT INTO pgebus.workers (id, channel) VALUES ($1, 'events')", worker_id)
+    return Pruner(store, presence, retention)
+
+
+async def kept(sql: Sql) -> list[int]:
+    return [row["id"] for row in await sql.fetch("SELECT id FROM pgebus.events ORDER BY id")]
+
+
+async def some(sql: Sql, count: int, *, age: str = "1 hour", event_type: str = "a.b") -> range:
+    """Finish events one millisecond after the other."""
+    await sql.execute("SET session_replication_role = replica")
+    first = await sql.fetchval(
+        "WITH made AS (INSERT INTO pgebus.events (type) SELECT $1 FROM generate_series(1, $2::int) RETURNING id),"
+        " done AS (INSERT INTO pgebus.deliveries (event_id, due_at, channel, consumer_group, type, status, finished_at)"
+        " SELECT id, now(), 'events', 'g', $1, 'completed', now() - $3::text::interval + interval '1 ms' * id"
+        " FROM made)"
+        " SELECT min(id) FROM made",
+        event_type,
+        count,
+        age,
+    )
+    await sql.execute("RESET session_replication_role")
+    return range(first, first + count)
+
+
+async def test_each_type_and_each_status_has_its_time(
+    store: Watched, sql: Sql, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is finished, dead and unhandled is half an hour old here; the event of each is an hour old."""
+    at = {status: await event_in(sql, status) for status in STATES}
+    audit = await event_in(sql, "completed", event_type="audit.login")
+    mixed = {status: await event_in(sql, "completed") for status in STATES}
+    for status, event_id in mixed.items():
+        if status == "blocked":
+            await sql.execute("UPDATE pgebus.events SET key = 'k' WHERE id = $1", event_id)
+        await deliver(sql, event_id, status, group="other")
+    everything = await kept(sql)
+
+    async def gone_with(worker_id: int, retention: Retention) -> set[int]:
+        nonlocal everything
+        await (await pruner(store, sql, retention, worker_id)).round()
+        before, everything = everything, await kept(sql)
+        await sql.execute("UPDATE pgebus.workers SET ended_at = now() WHERE id = $1", worker_id)
+        return set(before) - set(everything)
+
+    assert await gone_with(1, Retention()) == set()
+    assert await gone_with(2, Retention(HOUR, {}, HOUR, 2 * HOUR)) == set()
+    assert await gone_with(3, Retention(HOUR, {"a.*": 60.0})) == {
+        at["completed"], at["cancelled"], mixed["completed"], mixed["cancelled"]
+    }  # fmt: skip
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert await gone_with(4, Retention(None, {"a.b": 60.0}, dead=60.0)) == {at["dead"], mixed["dead"]}
+    # one message for each group
+    assert caplog.text.count("were dead, because their retention is over: 1; of the types a.b (1)") == 2
+    assert await gone_with(5, Retention(60.0, unhandled=1800.0)) == {at["unhandled"], mixed["unhandled"], audit}
+    assert caplog.text.count("were unhandled, because their retention is over: 1") == 2
+
+
+async def test_an_unhandled_event_has_its_time_from_when_it_was_due(store: Watched, sql: Sql) -> None:
+    """Nor does a due time in the far past make an event old that was published just now."""
+    early, late, young = [await event_in(sql, "unhandled") for _ in range(3)]
+    await sql.execute("UPDATE pgebus.deliveries SET due_at = now() + interval '1 day' WHERE event_id = $1", late)
+    await sql.execute("UPDATE pgebus.events SET created_at = now() WHERE id = $1", young)
+    await sql.execute("UPDATE pgebus.deliveries SET due_at = now() - interval '9 years' WHERE event_id = $1", young)
+    await (await pruner(store, sql, Retention(unhandled=60.0))).round()
+    assert await kept(sql) == [late, young]
+    assert early not in await kept(sql)
+
+
+async def test_a_delayed_one_hides_no_unhandled_one_behind_it(
+    store: Watched, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgebus._runtime.pruning.PRUNE_BATCH", 1)
+    late, early = [await event_in(sql, "unhandled") for _ in range(2)]
+    await sql.execute("UPDATE pgebus.deliveries SET due_at = now() + interval '1 day' WHERE event_id = $1", late)
+    await (await pruner(store, sql, Retention(unhandled=60.0))).round()
+    assert await kept(sql) == [late]
+    assert early != late
+
+
+async def test_a_pass_looks_at_nothing_twice_and_the_next_one_goes_on(
+    store: Watched, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither at what another group still holds, nor at what is kept longer, nor at many that ended at one moment."""
+    monkeypatch.setattr("pgebus._runtime.pruning.PRUNE_BATCH", 7)
+    held = await some(sql, 60)
+    for event_id in held:
+        await deliver(sql, event_id, "pending", group="slow")
+    alike = await some(sql, 30)
+    await sql.execute(
+        "UPDATE pgebus.deliveries SET finished_at = now() - interval '2 hours' WHERE event_id = ANY ($1)", list(alike)
+    )
+    for event_id in alike[:20]:
+        await deliver(sql, event_id, "pending", group="slow")
+    longer = await some(sql, 40, event_type="audit.login")
+    over = await some(sql, 50)
+    one = await pruner(store, sql, Retention(1800.0, {"audit.#": 86_400.0}))
+    await one.round()
+    assert await kept(sql) == sorted([*held, *alike[:20], *longer])
+    assert store.seen == dict.fromkeys([*held, *alike, *longer, *over], 1)
+
+    store.seen.clear()
+    await sql.execute(
+        "UPDATE pgebus.deliveries SET status = 'completed', finished_at = clock_timestamp() - interval '35 minutes'"
+        " WHERE event_id = ANY ($1) AND consumer_group = 'slow'",
+        [*held],
+    )
+    await one.round()
+    assert store.seen == dict.fromkeys(held, 1)
+    assert await kept(sql) == sorted([*alike[:20], *longer])
+
+
+async def test_what_was_locked_goes_with_a_pass_from_the_beginning(
+    store: Watched, sql: Sql, sm: DatabaseSessionManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = await some(sql, 3)
+    one = await pruner(store, sql, Retention(1800.0))
+    async with sm.session() as person:
+        await person.execute(text("SELECT FROM pgebus.deliveries WHERE event_id = :id FOR UPDATE"), {"id": first})
+        await person.execute(text("SELECT FROM pgebus.events WHERE id = :id FOR KEY SHARE"), {"id": second})
+        await one.round()
+        assert await kept(sql) == [first, second]
+    await one.round()
+    assert await kept(sql) == [first, second]
+    assert third not in await kept(sql)
+    monkeypatch.setattr(one, "_whole_at", 0.0)
+    await one.round()
+    assert await kept(sql) == []
+
+
+async def test_nobody_deletes_what_another_worker_keeps(store: Watched, sql: Sql) -> None:
+    """As in a rolling deploy. When that one has gone, what it kept goes at the next pass, as old as it may be."""
+    events = list(await some(sql, 3))
+    hurried = await pruner(store, sql, Retention(60.0), 1)
+    careful = await pruner(store, sql, Retention(86_400.0), 2)
+    await careful.round()
+    await hurried.round()
+    assert await kept(sql) == events
+    await sql.execute("UPDATE pgebus.workers SET ended_at = now() WHERE id = 2")
+    await hurried.round()
+    assert await kept(sql) == []
+
+
+async def test_what_is_not_understood_keeps_everything(
+    store: Watched, sql: Sql, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A later release may say more than this one knows."""
+    events = list(await some(sql, 3))
+    await sql.execute("INSERT INTO pgebus.workers (id, channel, retention) VALUES (1, 'events', '{\"months\": 1}')")
+    one = await pruner(store, sql, Retention(60.0))
+    await one.round()
+    assert await kept(sql) == events
+    assert "not understood" in caplog.text
+    await sql.execute("UPDATE pgebus.workers SET ended_at = now() WHERE id = 1")
+    await one.round()
+    assert await kept(sql) == []
+
+
+async def test_other_channels_are_the_matter_of_their_workers(store: Watched, sql: Sql) -> None:
+    mine, other = await some(sql, 2)
+    await sql.execute("UPDATE pgebus.deliveries SET channel = 'other' WHERE event_id = $1", other)
+    await sql.execute(
+        "INSERT INTO pgebus.workers (id, channel, retention) VALUES"
+        ' (1, \'other\', \'{"default": null, "patterns": {}, "dead": null, "unhandled": null}\')'
+    )
+    await (await pruner(store, sql, Retention(60.0))).round()
+    assert await kept(sql) == [other]
+    assert mine != other
+
+
+async def test_an_event_that_a_table_refers_to_stops_no_other_batch(
+    store: Watched, sql: Sql, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pgebus._runtime.pruning.PRUNE_BATCH", 2)
+    events = await some(sql, 6)
+    await sql.execute("CREATE TABLE mine (event_id bigint REFERENCES pgebus.events)")
+    await sql.executemany("INSERT INTO mine VALUES ($1)", [(events[0],), (events[2],)])
+    await (await pruner(store, sql, Retention(60.0))).round()
+    assert await kept(sql) == list(events[:4])
+    assert caplog.text.count("rows of table 'mine' refer to them") == 1
