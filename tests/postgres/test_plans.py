@@ -189,3 +189,61 @@ async def test_the_triggers_and_complete_read_no_table_to_its_end(sql: Sql) -> N
             await sql.execute(complete.format(event_id))
         await sql.execute(f"DELETE FROM pgebus.events WHERE id = {ids[0]}")
         assert await sql.fetchval(READ) == before
+
+
+HISTORY: Final = """
+INSERT INTO pgebus.events (type) SELECT 'a.b' FROM generate_series(1, {n});
+INSERT INTO pgebus.deliveries (event_id, due_at, channel, consumer_group, type, status, finished_at)
+SELECT n, now(), 'events', g, 'a.b', CASE WHEN g = 'default' THEN 'completed' ELSE 'pending' END,
+  CASE WHEN g = 'default' THEN now() - interval '1 day' + interval '1 ms' * n END
+FROM generate_series(1, {n}) n, unnest(ARRAY[{groups}]) g
+"""
+
+
+async def test_a_pass_over_what_another_group_holds_costs_what_there_is(sql: Sql) -> None:
+    """Batch for batch as much: what was looked at before is not walked over again."""
+    held, batch = 20_000, 1_000
+    await sql.execute("ALTER TABLE pgebus.deliveries SET (autovacuum_enabled = false)")
+    await sql.execute(f"SET session_replication_role = replica; {PLANNER}")
+    await sql.execute(HISTORY.format(n=held, groups="'default', 'slow'"))
+    await sql.execute("ANALYZE pgebus.events; ANALYZE pgebus.deliveries")
+    await sql.execute(f"PREPARE finished AS {STATEMENTS.finished}; PREPARE lock_ripe AS {STATEMENTS.lock_ripe}")
+    looking, locking = [], []
+    after, seen = 0, 0
+    while True:
+        rows = await sql.fetch(STATEMENTS.finished, 60.0, after, batch, "events")
+        if not rows:
+            break
+        looking.append(await _touched(sql, f"EXECUTE finished (60, {after}, {batch}, 'events')"))
+        ids = [row["event_id"] for row in rows]
+        locking.append(
+            await _touched(sql, f"EXECUTE lock_ripe (ARRAY{ids}, array_fill(60::float, ARRAY[{batch}]), NULL, NULL)")
+        )
+        after, seen = rows[-1]["place"], seen + len(rows)
+    assert seen == held
+    assert max(looking) <= 1.5 * min(looking)
+    assert max(locking) <= 1.5 * min(locking)
+    # a page of history holds many; of each event are looked at its row, and its deliveries
+    assert sum(looking) <= held / 20
+    assert sum(locking) <= held * 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("history", [1_000_000, 10_000_000])
+async def test_a_claim_beside_a_history_costs_what_it_costs_without(sql: Sql, history: int) -> None:
+    """By the buffers that it touches; an index of the events is a level or two higher then."""
+    await subscribe(sql, "default", "#")
+    await sql.execute(f"{PLANNER}; PREPARE claim AS {STATEMENTS.claim}; SET plan_cache_mode = force_generic_plan")
+    publish = "INSERT INTO pgebus.events (type) SELECT 'a.b' FROM generate_series(1, 1000)"
+    call = f"EXECUTE claim (1, 'events', {_GROUPS}, 100)"
+    await sql.execute(publish)
+    await sql.execute("VACUUM ANALYZE pgebus.events, pgebus.deliveries")
+    empty = await _touched(sql, call)
+    await sql.execute("TRUNCATE pgebus.events RESTART IDENTITY")
+    await sql.execute("SET session_replication_role = replica; SET work_mem = '64MB'")
+    await sql.execute(HISTORY.format(n=history, groups="'default'"))
+    await sql.execute("RESET session_replication_role")
+    await sql.execute(publish)
+    await sql.execute("VACUUM ANALYZE pgebus.events, pgebus.deliveries")
+    beside = await _touched(sql, call)
+    assert beside <= 1.3 * empty, f"{beside} buffers beside {history} finished ones, {empty} without"
