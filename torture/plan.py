@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from math import floor, sqrt
 from typing import Final, NamedTuple
 
 # For how many events the numbers below are.
@@ -81,7 +82,7 @@ class Mark(NamedTuple):
 
     Attributes:
         says: What it is.
-        times: How often, for `SCALE` events.
+        times: How often, for `SCALE` events; of fewer, less what chance may take away.
         least: And how often at least, however few the events.
     """
 
@@ -100,7 +101,7 @@ MARKS: Final = {
     "refused": Mark("completions refused, because the delivery was another's by then", 10),
     "departed": Mark("workers that found themselves replaced, and went on as somebody new", 5),
     "restarts": Mark("crashes of PostgreSQL, recovered", 10, 1),
-    "restarts_inside": Mark("of these, while handlers ran", 8, 1),
+    "restarts_inside": Mark("of these, while handlers ran", 8),
     "backends": Mark("backends terminated", 500, 1),
     "cuts": Mark("cuts of all connections of a proxy", 80),
     "holes": Mark("black holes", 5),
@@ -120,7 +121,9 @@ def missing(marks: Mapping[str, int], events: int, excused: frozenset[str] = fro
     """Return a sentence for each mark that was hit too rarely; the *excused* ones could not be tried here."""
     found = []
     for name, mark in MARKS.items():
-        wanted = max(mark.least, mark.times * events // SCALE)
+        expected = mark.times * events / SCALE
+        chance = 3 * sqrt(expected) if events < SCALE else 0.0
+        wanted = max(mark.least, floor(expected - chance))
         if name not in excused and marks.get(name, 0) < wanted:
             found.append(f"{mark.says}: {marks.get(name, 0)}, and at least {wanted} are needed")
     return found

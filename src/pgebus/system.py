@@ -254,26 +254,26 @@ class EventSystem:
     def _shown_alive(self, by: Line | AsyncEngine, other: Line, statements: Statements) -> Listener | Beater:
         """Return the loop by which others see that this worker lives."""
         options = self._settings.event_system
-        if isinstance(by, Line):
-            return Beater(
+        if isinstance(by, AsyncEngine):
+            return Listener(
                 by,
+                other,
                 statements,
                 channel=options.channel,
                 groups=self._served,
                 presence=self._presence,
                 wakeup=self._wakeup,
-                health=self._loops["beat"],
+                health=self._loops["listen"],
                 version=__version__,
             )
-        return Listener(
+        return Beater(
             by,
-            other,
             statements,
             channel=options.channel,
             groups=self._served,
             presence=self._presence,
             wakeup=self._wakeup,
-            health=self._loops["listen"],
+            health=self._loops["beat"],
             version=__version__,
         )
 

@@ -19,6 +19,7 @@ from sqlalchemy import make_url
 from tests.conftest import Server
 from tests.examples.application import EXAMPLES, SOON, Application
 from tests.examples.walk import Step, steps
+from tests.postgres.hosts import HEAD
 from tests.system.waiting import until
 
 from pgebus import DatabaseSettings
@@ -185,7 +186,7 @@ async def test_alembic_writes_its_history_as_the_readme_says(shop: Application) 
     await shop.run(f"{commands[0]} --rev-id shop_0002 -m events")
     written = (versions / "shop_0002_events.py").read_text(encoding="utf-8")
     assert "\ndown_revision = 'shop_0001'\n" in written
-    assert "\ndepends_on = 'pgebus_0001'\n" in written
+    assert f"\ndepends_on = '{HEAD}'\n" in written
     await shop.run(f"{commands[1]} --rev-id shop_0003 -m merged")
     assert (await shop.run("alembic heads")).splitlines() == ["shop_0003 (pgebus) (head)"]
     await shop.run("alembic upgrade head")

@@ -205,7 +205,7 @@ async def test_nothing_to_do_is_nothing_wrong(
             await rounds(sql, 1)
             assert (system.health().reasons, system.health().ready) == ((), True)
         ages = {loop.name: loop.worked_seconds_ago for loop in system.health().loops}
-        assert all(age is not None and age < 5 for name, age in ages.items() if name != "acknowledge")
+        assert all(age is not None and age < 5 for name, age in ages.items() if name not in ("acknowledge", "schedule"))
         opened.set()
 
 

@@ -9,7 +9,7 @@ revision = "shop_0002"
 down_revision = "shop_0001"
 branch_labels = None
 # The table that is changed here is made by pgebus: its revision comes first.
-depends_on = "pgebus_0001"
+depends_on = "pgebus_0002"
 
 
 def upgrade() -> None:

@@ -7,7 +7,7 @@ leaves out a head that another revision depends on.
 from __future__ import annotations
 
 revision = "shop_0003"
-down_revision = ("shop_0002", "pgebus_0001")
+down_revision = ("shop_0002", "pgebus_0002")
 branch_labels = None
 depends_on = None
 
