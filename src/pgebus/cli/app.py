@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from pgebus import ConfigurationError, PgebusError, Settings, __version__
-from pgebus.cli import deliveries, groups, roles, verbs
+from pgebus.cli import deliveries, doctor, groups, roles, verbs
 from pgebus.cli.messages import FAILED, MISUSED, database_errors_as_messages, fail, place_of
 from pgebus.cli.status import status
 from pgebus.cli.tracing import trace
@@ -74,6 +74,7 @@ app.add_typer(groups.app, name="groups")
 app.command()(groups.blocked)
 app.command()(groups.routes)
 app.command()(roles.roles)
+app.command()(doctor.doctor)
 app.command()(deliveries.deliveries)
 app.command()(deliveries.show)
 app.command()(verbs.redrive)
