@@ -22,8 +22,6 @@ command = system.command
 another = system.another
 
 SOUND = {"max_connections": "40", "max_prepared_transactions": "5", "wal_level": "logical"}
-# Two seconds of patience would be two seconds for each test.
-IMPATIENT = Limits(look_again_seconds=0.0)
 
 
 @pytest.fixture(scope="session")
@@ -34,25 +32,27 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def template(server: Server) -> Iterator[str]:
+def template(server: Server) -> str:
     """The name of a migrated database to copy, on that server."""
     name = f"pgebus_doctor_template_{os.getpid()}"
     asyncio.run(server.execute(f'CREATE DATABASE "{name}"'))
     upgrade(server.settings(name))
-    yield name
+    return name
 
 
 class Examine(Protocol):
-    """Examines the test's database, or another one."""
+    """Examines the test's database, or another one; nothing is waited for, unless told to."""
 
     async def __call__(self, database: DatabaseSettings | None = None, **limits: float) -> Report: ...
 
 
 @pytest.fixture
 def examined(database: DatabaseSettings) -> Examine:
-    async def examined(other: DatabaseSettings | None = None, **limits: float) -> Report:
+    ours = database
+
+    async def examined(database: DatabaseSettings | None = None, **limits: float) -> Report:
         given = Limits(**{"look_again_seconds": 0.0, **limits})
-        return await examine(Settings(database=other or database), given)
+        return await examine(Settings(database=database or ours), given)
 
     return examined
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from shlex import quote
 from typing import Any, Final
 
 from pgebus.doctor._asking import COUNTED, LISTED, LOCKS, Ask, age, counted, moment
@@ -85,7 +86,7 @@ async def dead(ask: Ask) -> AsyncIterator[Finding]:
             f"{counted(row['count'], 'dead letter', 'dead letters')}, the newest since {moment(row['finished_at'])} "
             f"(event {row['event_id']}: {error}).",
             f"pgebus show {row['event_id']}; when the cause is mended: pgebus redrive --group {row['name']} "
-            f"--channel {row['channel']}",
+            f"--channel {quote(row['channel'])}",
             f"{row['channel']}/{row['name']}",
         )
 
@@ -139,7 +140,7 @@ def _of_key(ask: Ask, row: Any) -> Finding | None:
     waiting = counted(row["waiting"], "delivery waits", "deliveries wait")
     where = f"for key {row['key']!r} of group {row['name']!r}"
     subject = f"{row['channel']}/{row['name']}/{row['key']}"
-    release = f"pgebus release-key {row['name']} {row['key']} --channel {row['channel']}"
+    release = f"pgebus release-key {row['name']} {quote(row['key'])} --channel {quote(row['channel'])}"
     if row["event_id"] is None:
         return problem(
             "key-without-head",

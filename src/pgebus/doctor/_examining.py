@@ -84,7 +84,7 @@ async def examine(settings: Settings, limits: Limits | None = None) -> Report:
         async with engine.connect() as connection:
             driver = (await connection.get_raw_connection()).driver_connection
             ask = Ask(driver, settings, limits)
-            found += await _examine(ask)
+            await _examine(ask, found)
     except _ERRORS as error:
         found.append(_unreachable(error))
     finally:
@@ -93,12 +93,15 @@ async def examine(settings: Settings, limits: Limits | None = None) -> Report:
     return Report(database.schema_name, tuple(found))
 
 
-async def _examine(ask: Ask) -> list[Finding]:
-    found = [finding for check in _ALWAYS for finding in await _run(ask, check)]
-    missing = await _missing(ask)
-    if missing is not None:
-        return [*found, missing]
-    return found + [finding for check in _OF_TABLES for finding in await _run(ask, check)]
+async def _examine(ask: Ask, found: list[Finding]) -> None:
+    """Add what is found to *found*, which keeps it when the connection is lost."""
+    for check in _ALWAYS:
+        found += await _run(ask, check)
+    if missing := await _missing(ask):
+        found.append(missing)
+        return
+    for check in _OF_TABLES:
+        found += await _run(ask, check)
 
 
 async def _run(ask: Ask, check: _Check) -> list[Finding]:
@@ -110,7 +113,7 @@ async def _run(ask: Ask, check: _Check) -> list[Finding]:
     found: list[Finding] = []
     try:
         # Nothing of it may last for ever, whoever is between us and the server.
-        async with asyncio.timeout(ask.limits.look_again_seconds + 10 * ask.limits.check_seconds + 10):
+        async with asyncio.timeout(ask.limits.look_again_seconds + 4 * ask.limits.check_seconds + 5):
             async for finding in check.run(ask):
                 found.append(finding)
     except (asyncpg.PostgresError, DBAPIError, TimeoutError) as error:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from shlex import quote
 from typing import Any, Final
 
 from pgebus.doctor._asking import COUNTED, LISTED, LOCKS, Ask, age, counted, moment
@@ -49,14 +50,14 @@ def _of_group(ask: Ask, row: Any) -> Finding | None:
     late = since is not None and since >= ask.limits.waiting_seconds
     # A lane is counted up to its share: with less than that in each, the count is exact.
     due = f"at least {row['due']}" if row["due"] >= COUNTED // 10 else str(row["due"])
-    backlog = f"{due} deliveries are due, the oldest since {age(since)}"
+    backlog = f"{due} {'delivery is' if row['due'] == 1 else 'deliveries are'} due, the oldest since {age(since)}"
     subject = f"{channel}/{name}"
     if row["paused_at"] is not None:
         make = warning if row["due"] else notice
         return make(
             "group-paused",
             f"{who} is paused since {moment(row['paused_at'])}; {backlog if row['due'] else 'nothing is due'}.",
-            f"pgebus groups --channel {channel} resume {name}",
+            f"pgebus groups --channel {quote(channel)} resume {name}",
             subject,
         )
     if not row["workers"]:
@@ -66,7 +67,7 @@ def _of_group(ask: Ask, row: Any) -> Finding | None:
             return problem(
                 "group-unserved",
                 f"{seen}{backlog}{last}",
-                f"Start a worker with its handlers; or, where it is not needed: pgebus groups remove {name}",
+                f"Start a worker with its handlers; or, where it is not needed: pgebus groups --channel {quote(channel)} remove {name}",
                 subject,
             )
         return notice(
@@ -80,8 +81,8 @@ def _of_group(ask: Ask, row: Any) -> Finding | None:
     if row["max_running"] is not None and row["running"] >= row["max_running"]:
         return warning(
             "group-full",
-            f"{who} runs {row['running']} deliveries, which is its limit; {backlog}.",
-            f"pgebus groups --channel {channel} limit {name} N, if more may run at once.",
+            f"{who} is at its limit of {row['max_running']} running; {backlog}.",
+            f"pgebus groups --channel {quote(channel)} limit {name} N, if more may run at once.",
             subject,
         )
     return warning(
@@ -117,6 +118,6 @@ async def strays(ask: Ask) -> AsyncIterator[Finding]:
             "group-not-declared",
             f"{counted(row['count'], 'delivery waits', 'deliveries wait')} for group {row['name']!r} of channel "
             f"{row['channel']!r}, which is not declared: nobody claims them.",
-            f"Start a worker that declares it; or: pgebus cancel --group {row['name']} --channel {row['channel']}",
+            f"Start a worker that declares it; or: pgebus cancel --group {row['name']} --channel {quote(row['channel'])}",
             f"{row['channel']}/{row['name']}",
         )

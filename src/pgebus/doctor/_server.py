@@ -13,6 +13,7 @@ from pgebus._runtime.requirements import CLAIM_DEFAULTS
 from pgebus.doctor._asking import Ask, age
 from pgebus.doctor._findings import Finding, notice, problem, warning
 from pgebus.models import BEAT_ABSENT_SECONDS
+from pgebus.names import quote_identifier
 
 _OLDEST: Final = 13
 # The last day of support by the PostgreSQL project, from https://www.postgresql.org/support/versioning/
@@ -116,7 +117,7 @@ async def _defaults(ask: Ask) -> AsyncIterator[Finding]:
             continue
         whose = f"role {row['role']!r}" if row["role"] else "the database or the server"
         what = f"{row['name']} is {row['value']!r} by default for {whose}"
-        change = f"ALTER ROLE {row['role'] or '…'} SET {row['name']} = '{right}';"
+        change = f"ALTER ROLE {quote_identifier(row['role']) if row['role'] else '…'} SET {row['name']} = '{right}';"
         if row["name"] == "synchronous_commit":
             yield warning(
                 "synchronous-commit-off",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
@@ -79,20 +80,28 @@ async def drift(ask: Ask) -> AsyncIterator[Finding]:
     if row["version"] != SCHEMA_VERSION:
         return  # said already, and all that follows from it would be noise
     try:
-        differences = await find_drift(ask.settings.database)
+        async with asyncio.timeout(2 * ask.limits.check_seconds):  # it waits for whoever has locked a table
+            differences = await find_drift(ask.settings.database)
     except DriftCheckError as error:
         yield notice("not-visible", f"What differs from a fresh copy of the tables: {error}", None, "drift")
         return
     for each in differences:
         if each.kind in ("index", "primary key") and each.aspect in ("existence", "state"):
             continue
-        make = problem if each.kind in ("table", "trigger", "function") else warning
+        parameters = each.aspect == "storage parameters"
+        if parameters and _without_switch(each.expected) == _without_switch(each.found):
+            continue  # autovacuum is turned off, which has a code of its own
+        make = problem if each.kind in ("table", "trigger", "function") and not parameters else warning
         yield make(
-            "drift",
+            "differs",
             f"{each}.",
             each.remedy or "Find out who changed it; docs/guides/drift.md has the statements.",
             each.name,
         )
+
+
+def _without_switch(parameters: str) -> set[str]:
+    return {each for each in parameters.split(", ") if not each.startswith("autovacuum_enabled=") and each != "none"}
 
 
 async def indexes(ask: Ask) -> AsyncIterator[Finding]:
@@ -109,7 +118,7 @@ async def indexes(ask: Ask) -> AsyncIterator[Finding]:
     )
     tables = {row["table_name"] for row in rows}
     for name in _INDEXES:
-        if name not in {row["name"] for row in rows} and (name.startswith("pk_") is False or name[3:] in tables):
+        if name not in {row["name"] for row in rows} and (not name.startswith("pk_") or name[3:] in tables):
             yield problem(
                 "index-missing",
                 f"Index {name} is missing: statements that need it read the whole table.",
