@@ -39,7 +39,7 @@ async def test_the_guide_shows_what_the_command_says(
 ) -> None:
     monkeypatch.setattr(_server, "_END_OF_LIFE", {})  # the same on all releases
     page = PAGE.read_text(encoding="utf-8")
-    written = []
+    written: list[str] = []
     for block in CONSOLE.finditer(page):
         line = block[1].splitlines()[0]
         if not written:

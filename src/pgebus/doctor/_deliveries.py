@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from shlex import quote
 from typing import Any, Final
 
@@ -105,13 +106,17 @@ WITH RECURSIVE k AS (
 SELECT k.channel, k.consumer_group AS name, k.key, h.event_id, h.status, h.attempt, h.due_at,
   clock_timestamp() AS clock,
   CASE h.status WHEN 'running' THEN h.claimed_at WHEN 'dead' THEN h.finished_at ELSE h.due_at END AS since,
-  h.errors -> -1 ->> 'type' AS error, (SELECT count(*) FROM (SELECT FROM {{s}}.deliveries d WHERE d.status = 'blocked'
-    AND d.channel = k.channel AND d.consumer_group = k.consumer_group AND d.key = k.key LIMIT {COUNTED}) x) AS waiting
+  h.errors -> -1 ->> 'type' AS error
 FROM (SELECT * FROM k LIMIT {COUNTED}) k LEFT JOIN LATERAL (
   SELECT d.* FROM {{s}}.deliveries d
   WHERE d.channel = k.channel AND d.consumer_group = k.consumer_group AND d.key = k.key
     AND (d.status IN ('pending', 'running') OR d.holds_key)
   ORDER BY d.event_id LIMIT 1) h ON true"""
+
+
+_WAITING: Final = f"""
+SELECT count(*) FROM (SELECT FROM {{s}}.deliveries d WHERE d.status = 'blocked' AND d.channel = $1::text
+  AND d.consumer_group = $2::text AND d.key = $3::text LIMIT {COUNTED}) x"""
 
 
 def _place(row: Any) -> tuple[str, str, str]:
@@ -126,10 +131,12 @@ async def keys(ask: Ask) -> AsyncIterator[Finding]:
         before = {_place(row) for row in rows if row["event_id"] is None}
         await ask.pause()
         rows = [row for row in await ask.rows(_KEYS) if row["event_id"] is not None or _place(row) in before]
-    found = [finding for row in rows if (finding := _of_key(ask, row)) is not None]
-    found.sort(key=lambda finding: -finding.severity.rank)
-    for finding in found[:LISTED]:
-        yield finding
+    found = [(row, finding) for row in rows if (finding := _of_key(ask, row)) is not None]
+    found.sort(key=lambda each: -each[1].severity.rank)
+    for row, finding in found[:LISTED]:
+        (count,) = await ask.row(_WAITING, *_place(row))
+        waiting = counted(count, "delivery waits", "deliveries wait")
+        yield replace(finding, seen=f"{waiting} {finding.seen}")
     if len(found) > LISTED:
         yield notice(
             "keys-more", f"There are {len(found) - LISTED} keys more like these.", "pgebus blocked --limit 1000"
@@ -137,14 +144,14 @@ async def keys(ask: Ask) -> AsyncIterator[Finding]:
 
 
 def _of_key(ask: Ask, row: Any) -> Finding | None:
-    waiting = counted(row["waiting"], "delivery waits", "deliveries wait")
+    """Return what is wrong with it, to be read behind how many wait; None where nothing is."""
     where = f"for key {row['key']!r} of group {row['name']!r}"
     subject = f"{row['channel']}/{row['name']}/{row['key']}"
     release = f"pgebus release-key {row['name']} {quote(row['key'])} --channel {quote(row['channel'])}"
     if row["event_id"] is None:
         return problem(
             "key-without-head",
-            f"{waiting} {where}, and nothing holds it: no sweep has come.",
+            f"{where}, and nothing holds it: no sweep has come.",
             f"Start a worker; it sweeps each second. Or: {release}",
             subject,
         )
@@ -152,21 +159,21 @@ def _of_key(ask: Ask, row: Any) -> Finding | None:
     if row["status"] in ("dead", "unhandled"):
         return warning(
             "key-held",
-            f"{waiting} {where}, which event {row['event_id']} holds, {row['status']} since {age(since)}.",
+            f"{where}, which event {row['event_id']} holds, {row['status']} since {age(since)}.",
             f"Mend and redrive it (pgebus redrive {row['event_id']}), or let go: {release}",
             subject,
         )
     if row["status"] == "running" and since >= ask.limits.running_seconds:
         return warning(
             "key-held",
-            f"{waiting} {where}, which event {row['event_id']} holds, running since {age(since)}.",
+            f"{where}, which event {row['event_id']} holds, running since {age(since)}.",
             f"Wait for it, or: pgebus cancel {row['event_id']}",
             subject,
         )
     if row["status"] == "pending" and row["attempt"] > 0 and -since >= ask.limits.waiting_seconds:
         return notice(
             "key-held",
-            f"{waiting} {where}, which event {row['event_id']} holds: it failed ({row['error']}), and is tried "
+            f"{where}, which event {row['event_id']} holds: it failed ({row['error']}), and is tried "
             f"again in {age(-since)}.",
             f"Wait for it, or: pgebus cancel {row['event_id']}",
             subject,

@@ -67,7 +67,8 @@ def _of_group(ask: Ask, row: Any) -> Finding | None:
             return problem(
                 "group-unserved",
                 f"{seen}{backlog}{last}",
-                f"Start a worker with its handlers; or, where it is not needed: pgebus groups --channel {quote(channel)} remove {name}",
+                "Start a worker with its handlers; or, where it is not needed: "
+                f"pgebus groups --channel {quote(channel)} remove {name}",
                 subject,
             )
         return notice(
@@ -118,6 +119,7 @@ async def strays(ask: Ask) -> AsyncIterator[Finding]:
             "group-not-declared",
             f"{counted(row['count'], 'delivery waits', 'deliveries wait')} for group {row['name']!r} of channel "
             f"{row['channel']!r}, which is not declared: nobody claims them.",
-            f"Start a worker that declares it; or: pgebus cancel --group {row['name']} --channel {quote(row['channel'])}",
+            f"Start a worker that declares it; or: pgebus cancel --group {row['name']} "
+            f"--channel {quote(row['channel'])}",
             f"{row['channel']}/{row['name']}",
         )
