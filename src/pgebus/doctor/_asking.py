@@ -38,20 +38,24 @@ class Ask:
         self.limits: Final = limits
         self.schema: Final = settings.database.schema_name
         self.s: Final = quote_identifier(self.schema)
+        self._turns = asyncio.Lock()  # checks that wait may be under way at the same time
 
     @asynccontextmanager
     async def transaction(self, *, planner: bool = True) -> AsyncIterator[None]:
         """Open a transaction that reads; *planner* as a worker's own connections have it."""
         milliseconds = max(1, int(self.limits.check_seconds * 1000))
         # Not only the server's: a connection that is half open answers nothing.
-        async with asyncio.timeout(self.limits.check_seconds * 2 + 2):
-            async with self.driver.transaction(isolation="read_committed", readonly=True):
-                await self.driver.execute(
-                    f"SET LOCAL statement_timeout = {milliseconds}; SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'; "
-                    "SET LOCAL search_path = pg_catalog, pg_temp"
-                    + (f"; {PLANNER.replace('SET ', 'SET LOCAL ')}" if planner else "")
-                )
-                yield
+        async with (
+            self._turns,
+            asyncio.timeout(self.limits.check_seconds * 2 + 2),
+            self.driver.transaction(isolation="read_committed", readonly=True),
+        ):
+            await self.driver.execute(
+                f"SET LOCAL statement_timeout = {milliseconds}; SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'; "
+                "SET LOCAL search_path = pg_catalog, pg_temp"
+                + (f"; {PLANNER.replace('SET ', 'SET LOCAL ')}" if planner else "")
+            )
+            yield
 
     async def rows(self, sql: str, *values: object) -> list[Any]:
         """Return the rows of one statement; `{s}` in it stands for the quoted schema."""

@@ -51,10 +51,13 @@ _OF_TABLES: Final = (
     _Check("strays", _groups.strays, "No delivery waits for a group that is not declared."),
     _Check("unhandled", _deliveries.unhandled, "No event type is without a handler."),
     _Check("dead", _deliveries.dead, "There are no dead letters."),
+    _Check("schedules", _crew.schedules, "All schedules are declared and up to date."),
+)
+# Those that look twice where they find something.
+_PATIENT: Final = (
     _Check("keys", _deliveries.keys, "No key is held for long."),
     _Check("running", _deliveries.running, "What runs has a worker that is alive, and does not run for long."),
     _Check("workers", _crew.workers, "All workers that have not ended are alive."),
-    _Check("schedules", _crew.schedules, "All schedules are declared and up to date."),
 )
 
 
@@ -102,6 +105,12 @@ async def _examine(ask: Ask, found: list[Finding]) -> None:
         return
     for check in _OF_TABLES:
         found += await _run(ask, check)
+    # Together, so that all of them wait at the same time.
+    ended = await asyncio.gather(*(_run(ask, check) for check in _PATIENT), return_exceptions=True)
+    for each in ended:
+        if isinstance(each, BaseException):
+            raise each
+        found += each
 
 
 async def _run(ask: Ask, check: _Check) -> list[Finding]:
