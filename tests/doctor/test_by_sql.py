@@ -95,7 +95,13 @@ CASES = [
         ("'serializable'", "behind a transaction pooler"),
         "read committed",
     ),
-    Case(SUBSCRIBED + PUBLISHED, "group-unserved", PROBLEM, ("'mail'", "1 delivery is due", "2 hours"), "remove mail"),
+    Case(
+        SUBSCRIBED + PUBLISHED + BEATING.replace("mail", "other"),
+        "group-unserved",
+        PROBLEM,
+        ("'mail'", "1 delivery is due", "2 hours"),
+        "remove mail",
+    ),
     Case(PLAIN, "group-unserved", NOTICE, ("'mail'", "nothing is due"), "Start a worker"),
     Case(
         SUBSCRIBED + PUBLISHED + "UPDATE pgebus.consumer_groups SET paused_at = now();",

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
+import asyncpg
 import pytest
 
 from pgebus import (
@@ -15,8 +16,10 @@ from pgebus import (
     DatabaseSettings,
     EventContext,
     EventRouter,
+    Settings,
 )
 from pgebus.doctor import Limits, Severity, _server
+from pgebus.doctor._asking import Ask
 from pgebus.names import quote_identifier
 from tests.conftest import Server
 from tests.doctor.conftest import Examine, of, wrong
@@ -275,6 +278,12 @@ async def test_an_index_that_is_gone_shows_in_the_plans(sql: Sql, examined: Exam
     assert "leases_of" in found.seen
     assert "prune_events" in found.seen
     assert found.subject == "deliveries"
+
+
+async def test_it_could_not_change_anything(sql: Sql, database: DatabaseSettings) -> None:
+    ask = Ask(sql, Settings(database=database), Limits())
+    with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+        await ask.rows("DELETE FROM {s}.events")
 
 
 async def test_it_changes_nothing(sql: Sql, examined: Examine) -> None:
