@@ -36,7 +36,6 @@ _ARGUMENTS: Final = {
     "sweep": "'', '', '', 5000",
     "let_go": "",
     "leases_of": "1",
-    "prune_events": "604800, 1000",
 }
 _LARGE: Final = """
 SELECT c.relname AS name FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
