@@ -9,6 +9,7 @@ from tests.model.operating import Operating
 from tests.model.publishing import Publishing
 from tests.model.stage import GROUPS
 from tests.model.things import UNFINISHED, Worker
+from tests.model.verbs import Verbs
 from tests.model.working import Working
 from tests.model.zombies import Zombies
 
@@ -16,7 +17,7 @@ from tests.model.zombies import Zombies
 MOST_ROUNDS: Final = 60
 
 
-class Deliveries(Publishing, Working, Zombies, Operating):
+class Deliveries(Publishing, Working, Zombies, Operating, Verbs):
     """The machine."""
 
     def teardown(self) -> None:

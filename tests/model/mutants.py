@@ -67,7 +67,7 @@ class NoTransaction(Mutant):
 
 
 _CHARGE: Final = "attempt = d.attempt + 1"
-CLAIMS: Final = ("claim", "claim_on", "claim_suspect", "claim_limited", "claim_limited_suspect")
+CLAIMS: Final = ("claim", "claim_on", "claim_suspect", "claim_lost_once", "claim_limited", "claim_limited_suspect")
 SEQ_IN_HELD: Final = " AND d.claim_seq = u.claim_seq"
 WORKER_IN_HELD: Final = "d.worker_id = $4::bigint AND d.status = 'running'"
 

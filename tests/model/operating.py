@@ -1,4 +1,4 @@
-"""Time, maintenance, and what operators do: groups, keys, single deliveries, pruning."""
+"""Time, maintenance, and what operators do to groups."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from pgebus import Group as GroupDeclaration
 from pgebus import operations
-from pgebus._runtime.pruning import BEGINNING
 from pgebus.errors import StateError
-from tests.model import verbs
 from tests.model.stage import GROUPS, Stage, nth
 from tests.model.steps import step
 from tests.model.things import LATELY_SECONDS, SECOND, Group, Pattern
@@ -20,8 +17,8 @@ from tests.model.things import LATELY_SECONDS, SECOND, Group, Pattern
 # What an example can do without, and still have its events handled.
 OPTIONAL = (
     *("adopt", "cancel", "complete_a_batch", "declare", "fail", "let_time_pass", "limit", "lose_a_lock", "pause"),
-    *("prune", "publish_in_a_transaction", "put_aside_as_unhandled", "release", "remove_group", "replay"),
-    "roll_a_publisher_back",
+    *("prune", "publish_in_a_transaction", "purge_payload", "put_aside_as_unhandled", "release", "release_key"),
+    *("remove_group", "replay", "roll_a_publisher_back"),
 )
 groups = st.sampled_from(GROUPS)
 patterns = st.sampled_from(("order.placed", "order.paid", "order.placed", "order.*", "#", "mail.#"))
@@ -74,16 +71,6 @@ class Operating(Stage):
                 self.did("made by a backfill", times=len(self.oracle.deliveries) - before)
             else:
                 self.did("a backfill waits for a publisher")
-
-    @step(older_than=st.sampled_from((50, 150, 950)))
-    def prune(self, older_than: int) -> None:
-        store = self.database.store
-        rows = self.run(store.finished(older_than, BEGINNING, 1000))
-        kept = {row["event_id"]: float(older_than) for row in rows}
-        pruned = self.run(store.remove(kept, dead=None, unhandled=None))
-        gone = self.oracle.prune(older_than)
-        assert pruned == len(gone), f"I1 no loss: {pruned} events were pruned, not {gone}"
-        self.did("events were pruned", times=pruned)
 
     # -- groups
 
@@ -143,14 +130,14 @@ class Operating(Stage):
 
     def _pause(self, name: str, verb: Any) -> None:
         self.say(f"{verb.__name__} {name}")
-        assert self.run(self._in_a_session(verb, name))
+        assert self.run(self.in_a_session(verb, name))
         self.oracle.groups[name].paused = verb is operations.pause_group
 
     @step(when=lambda self: self.oracle.groups, index=nth, most=st.sampled_from((None, 1, 2)))
     def limit(self, index: int, most: int | None) -> None:
         name = self.pick(sorted(self.oracle.groups), index)
         group = self.oracle.groups[name]
-        changed = self.run(self._in_a_session(operations.limit_group, name, most))
+        changed = self.run(self.in_a_session(operations.limit_group, name, most))
         assert changed == (group.max_running != most)
         group.max_running = most
 
@@ -164,7 +151,7 @@ class Operating(Stage):
         refused = any(name in w.groups for w in alive) or (lately and bool(alive))
         self.say(f"remove {name}{', which is refused' if refused else ''}")
         try:
-            count = self.run(self._in_a_session(operations.remove_group, name))
+            count = self.run(self.in_a_session(operations.remove_group, name))
         except StateError:
             assert refused, f"{name} could not be removed"
             return
@@ -174,41 +161,7 @@ class Operating(Stage):
         ]
         assert count == len(cancelled)
         for d in cancelled:
-            oracle.cancel(d)
+            oracle.cancel_with_its_group(d)
         del oracle.groups[name]
         oracle.patterns = {key: p for key, p in oracle.patterns.items() if key[0] != name}
         self.did("cancelled with its group", times=count)
-
-    async def _in_a_session(self, verb: Any, *args: object) -> Any:
-        session: AsyncSession
-        async with self.database.sessions.session() as session:
-            answer = await verb(session, *args)
-            await session.commit()
-            return answer
-
-    # -- single deliveries
-
-    @step(when=lambda self: self.in_state("pending", "blocked", "running", "unhandled", "dead"), index=nth)
-    def cancel(self, index: int) -> None:
-        d = self.pick(self.in_state("pending", "blocked", "running", "unhandled", "dead"), index)
-        self.say(f"cancel {d.name}, which is {d.status}")
-        assert self.run(verbs.cancel(self.database.hands, [d.place])) == 1
-        self.did("a running delivery was cancelled", times=d.status == "running")
-        self.oracle.cancel(d)
-
-    @step(when=lambda self: self.in_state("dead", "cancelled"), how_many=st.sampled_from((1, 10)))
-    def redrive(self, how_many: int) -> None:
-        over = self.in_state("dead", "cancelled")[:how_many]
-        self.say(f"redrive {', '.join(d.name for d in over)}")
-        assert self.run(verbs.redrive(self.database.hands, [d.place for d in over])) == len(over)
-        for d in over:
-            self.oracle.again(d, forget_handled=False)
-        self.did("redriven", times=len(over))
-
-    @step(when=lambda self: self.in_state("completed"), index=nth)
-    def replay(self, index: int) -> None:
-        d = self.pick(self.in_state("completed"), index)
-        self.say(f"replay {d.name}")
-        assert self.run(verbs.replay(self.database.hands, [d.place])) == 1
-        self.oracle.again(d, forget_handled=True)
-        self.did("replayed")

@@ -14,6 +14,7 @@ from tests.model.things import (
     HANDLED_SECONDS,
     KEPT_ERRORS,
     SECOND,
+    UNFINISHED,
     Delivery,
     Draft,
     Event,
@@ -215,12 +216,15 @@ class Oracle:
 
     def sweep(self) -> int:
         """Let in whatever waits for nothing."""
+        return self.let_in(self._waiting_keys())
+
+    def let_in(self, keys: Iterable[tuple[str, str]]) -> int:
+        """Let in the first of each of these keys, where it waits for nothing."""
         heirs = []
-        for group, key in self._waiting_keys():
-            heir = next(d for d in self.of_key(group, key) if d.status == "blocked")
-            if not any(
-                d.leads and (d.event_id < heir.event_id or d.status == "running") for d in self.of_key(group, key)
-            ):
+        for group, key in keys:
+            of_key = self.of_key(group, key)
+            heir = next((d for d in of_key if d.status == "blocked"), None)
+            if heir and not any(d.leads and (d.event_id < heir.event_id or d.status == "running") for d in of_key):
                 heirs.append(heir)
         for heir in heirs:
             heir.status = "pending"
@@ -241,7 +245,7 @@ class Oracle:
         what = self.patterns[group, pattern]
         what.backfilled = True
         for event in self.events.values():
-            if event.id <= what.since or not matches(pattern, event.type):
+            if event.id <= what.since or event.purged or not matches(pattern, event.type):
                 continue
             status = "pending" if event.draft.key is None else "pending or blocked"
             there = self.deliveries.get((event.id, group))
@@ -262,24 +266,58 @@ class Oracle:
 
     # -- what an operator does
 
-    def cancel(self, delivery: Delivery) -> None:
+    def cancel_with_its_group(self, delivery: Delivery) -> None:
         self.leave(delivery, "cancelled")
         delivery.holds_key, delivery.finished, delivery.cancelled_in = False, None, self.steps
         if delivery.key is not None:
             self.may_promote.add((delivery.group, delivery.key))
 
-    def again(self, delivery: Delivery, *, forget_handled: bool) -> None:
-        """Redrive or replay: from the beginning, behind what waits of its key."""
-        if delivery.key is not None:
-            self.may_promote.add((delivery.group, delivery.key))
+    def cancel(self, delivery: Delivery) -> None:
+        self.leave(delivery, "cancelled")
+        delivery.holds_key, delivery.finished, delivery.cancelled_in = False, None, self.steps
+        self.complain(delivery)
+
+    def redrive(self, delivery: Delivery) -> None:
+        """Begin a new round; what has a key is let in later, with the others."""
         delivery.status = "pending" if delivery.key is None else "blocked"
-        delivery.attempt = delivery.lost = 0
+        delivery.attempt = 0
         delivery.round += 1
         delivery.holds_key, delivery.finished, delivery.cancelled_in = False, None, None
         delivery.due_again(self.now, 0)
         self.complain(delivery)
-        if forget_handled:
-            delivery.handled = None
+
+    def replay(self, event: Event, group: str) -> None:
+        """Have a group handle an event again, or for the first time."""
+        there = self.deliveries.get((event.id, group))
+        if there is None:
+            status = "pending" if event.draft.key is None else "blocked"
+            self.deliveries[event.id, group] = self._made(event, group, status)
+            self._no_longer_unwanted(event, group)
+            return
+        self.redrive(there)
+        there.handled = None
+        if event.began.lo + event.draft.delay * SECOND > self.now.lo:
+            there.due_from, there.delay = event.began, event.draft.delay * SECOND
+
+    def release_key(self, group: str, key: str) -> list[Delivery]:
+        """Let dead and unhandled deliveries let go of a key; return them."""
+        holders = [d for d in self.deliveries.values() if (d.group, d.key) == (group, key) and d.holds_key]
+        for d in holders:
+            d.holds_key = False
+            self.complain(d)
+        return holders
+
+    def purge(self, event: Event) -> bool:
+        """Empty an event, unless it is still to be handled; return whether it was."""
+        of_it = [d for d in self.deliveries.values() if d.event_id == event.id]
+        if any(d.status in UNFINISHED for d in of_it):
+            return False
+        event.purged = True
+        for d in of_it:
+            d.holds_key = False
+            d.status = "cancelled" if d.status == "dead" else d.status
+        self.let_in((d.group, d.key) for d in of_it if d.key is not None)
+        return True
 
     def prune(self, older_than: int) -> list[int]:
         """Forget the events whose deliveries were all over for so many seconds, none of them dead."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -62,6 +62,13 @@ class Stage(RuleBasedStateMachine):
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.database.run(work)
+
+    async def in_a_session(self, verb: Callable[..., Awaitable[T]], *args: object, **options: Any) -> T:
+        """Do what a person does by `pgebus.operations`, and commit."""
+        async with self.database.sessions.session() as session:
+            answer = await verb(session, *args, **options)
+            await session.commit()
+            return answer
 
     @contextmanager
     def watched(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ STEPS_TO_FIND: Final = 15_000
 HAPPENS: Final = (
     "a backfill waits for a publisher",
     "a dedup_key was used again",
+    "a key was released",
     "a limit held something back",
     "a transaction was open over other steps",
     "a wrong fence was refused",
@@ -38,12 +39,15 @@ HAPPENS: Final = (
     "deliveries were claimed",
     "deliveries were recovered",
     "effects were rolled back",
+    "events were emptied",
     "events were pruned",
     "events were rolled back",
     "let in by the sweep",
     "made by a backfill",
+    "many of a dead worker's were claimed",
     "redriven",
     "replayed",
+    "replayed for the first time",
     "Reschedule",
     "unhandled deliveries were adopted",
 )

@@ -53,6 +53,7 @@ class Event:
     id: int
     draft: Draft
     began: Moment
+    purged: bool = False
 
     @property
     def type(self) -> str:

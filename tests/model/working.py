@@ -104,6 +104,19 @@ class Working(Stage):
 
     @step(
         3,
+        when=lambda self: self.workers and any(d.lost == 1 for d in self.in_state("pending")),
+        index=nth,
+        limit=st.sampled_from((2, 10)),
+    )
+    def claim_what_one_worker_died_with(self, index: int, limit: int) -> None:
+        worker = self.pick(list(self.workers.values()), index)
+        once = [d for d in self.oracle.claimable(worker.groups, limited=False, suspect=True) if d.lost == 1]
+        leases = self.run(self.database.store.claim_lost_once(worker.id, worker.groups, limit))
+        self._claimed(worker, leases, once, limit)
+        self.did("many of a dead worker's were claimed", times=len(leases) > 1)
+
+    @step(
+        3,
         when=lambda self: self.workers and self.in_state("pending"),
         index=nth,
         place=nth,
