@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from pgebus import publish_event
-from pgebus._runtime.leases import Lease
+from pgebus import operations, publish_event
+from pgebus._runtime.leases import Lane, Lease, Place
 from pgebus._runtime.pruning import BEGINNING
 from pgebus.session import GuardedSession
 from tests.interleavings.parties import Party, Step
 
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 COMMIT: Final = Step("commit", lambda party: party.end("COMMIT"))
 ROLLBACK: Final = Step("rollback", lambda party: party.end("ROLLBACK"))
 
@@ -40,6 +42,29 @@ def claim(limit: int = 10, *, groups: Sequence[str] = ("g",), suspect: bool = Fa
             leases = await party.store.claim_suspect(party.worker_id, groups)
         else:
             leases = await party.store.claim(party.worker_id, groups, limit)
+        party.leases = [*party.leases, *leases]
+        return types(leases)
+
+    return Step("claim", do)
+
+
+def claim_on(event_id: int, due: datetime, limit: int = 10) -> Step:
+    """Claim as in a backlog: from a place in the middle of the lane on."""
+    place = Place((due - _EPOCH) // timedelta(microseconds=1), event_id)
+
+    async def do(party: Party) -> str:
+        leases = await party.store.claim(party.worker_id, ["g"], limit, {Lane("g", 0): place})
+        party.leases = [*party.leases, *leases]
+        return types(leases)
+
+    return Step("claim", do)
+
+
+def claim_lost_once(limit: int) -> Step:
+    """Claim several of those that one worker died with."""
+
+    async def do(party: Party) -> str:
+        leases = await party.store.claim_lost_once(party.worker_id, ["g"], limit)
         party.leases = [*party.leases, *leases]
         return types(leases)
 
@@ -89,6 +114,11 @@ async def _prune(party: Party) -> int:
     return await party.store.remove({row["event_id"]: 0.0 for row in rows}, dead=None, unhandled=None)
 
 
+async def _beat(party: Party) -> bool:
+    return bool(await party.line.fetch(party.statements.beat, party.worker_id))
+
+
+BEAT: Final = Step("beat", _beat)
 COMPLETE: Final = Step("complete", _complete)
 RELEASE: Final = Step("release", _release)
 RETRY: Final = Step("retry", _retry)
@@ -192,25 +222,19 @@ def by_hand(name: str, sql: str) -> Step:
     return Step(name, do)
 
 
-def operation(name: str, call: Any, *args: Any) -> Step:
-    """A function of `pgebus.operations`."""
+def operation(name: str, call: Any, *args: Any, **options: Any) -> Step:
+    """A function of `pgebus.operations`; how many it returns, where it returns a list."""
 
     async def do(party: Party) -> object:
-        return await call(party.session, *args)
+        done = await call(party.session, *args, **options)
+        return len(done) if isinstance(done, list) else done
 
     return Step(name, do)
 
 
-CANCEL: Final = by_hand(
-    "cancel",
-    "UPDATE pgebus.deliveries SET status = 'cancelled', worker_id = NULL, claimed_at = NULL, finished_at = now(),"
-    " holds_key = false WHERE event_id = 1 AND status NOT IN ('completed', 'cancelled')",
-)
-REDRIVE: Final = by_hand(
-    "redrive",
-    "UPDATE pgebus.deliveries SET status = 'pending', due_at = now(), finished_at = NULL, attempt = 0, lost = 0,"
-    " round = round + 1 WHERE event_id = 1 AND status = 'dead'",
-)
+CANCEL: Final = operation("cancel", operations.cancel, event_ids=[1])
+REDRIVE: Final = operation("redrive", operations.redrive, event_ids=[1])
+RELEASE_KEY: Final = operation("let_go", operations.release_key, "g", "k")
 DELETE: Final = by_hand("delete", "DELETE FROM pgebus.events WHERE id = 1")
 LOCK_EVENT: Final = by_hand("lock", "SELECT id FROM pgebus.events WHERE id = 1 FOR KEY SHARE")
 REPLAY: Final = by_hand(

@@ -65,7 +65,7 @@ class Defect:
         return statements
 
 
-CLAIMS = ("claim", "claim_suspect", "claim_limited", "claim_limited_suspect")
+CLAIMS = ("claim", "claim_on", "claim_suspect", "claim_lost_once", "claim_limited", "claim_limited_suspect")
 DEFECTS = [
     Defect(
         "a batch is completed without its fence",
@@ -115,6 +115,37 @@ DEFECTS = [
     ),
     Defect("claims wait for each other", "claim_and_claim", "waited", statements=CLAIMS, old=" SKIP LOCKED"),
     Defect("claims lock nothing", "claim_and_claim", "permutation", statements=CLAIMS, old="FOR UPDATE SKIP LOCKED"),
+    Defect(
+        "a claim that goes on locks nothing",
+        "claims_that_go_on",
+        "permutation",
+        statements=("claim_on",),
+        old="FOR UPDATE SKIP LOCKED",
+    ),
+    Defect(
+        "what two workers died with is claimed with the others",
+        "claims_of_what_one_worker_died_with",
+        "permutation",
+        statements=("claim_lost_once",),
+        old="d.lost = 1",
+        new="d.lost > 0",
+    ),
+    Defect(
+        "who was ended goes on beating",
+        "beat_and_recover",
+        "permutation",
+        statements=("beat",),
+        old=" AND ended_at IS NULL",
+    ),
+    Defect(
+        "claims by key look at nothing before them",
+        "let_go_and_redrive",
+        "permutation",
+        statements=CLAIMS,
+        old="(p.event_id < d.event_id OR p.status = 'running')",
+        new="false",
+        sql="DROP INDEX pgebus.uq_deliveries_running_key",
+    ),
     Defect(
         "batches wait for each other", "batches_that_overlap", "waited", statements=("complete",), old=" SKIP LOCKED"
     ),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from tests.interleavings.races import race
 from tests.interleavings.scene import Scene
 from tests.interleavings.spec import ALL_LEVELS, EFFECTS_MATCH, RC, Spec
 from tests.interleavings.steps import (
+    BEAT,
     BURY,
     COMMIT,
     COMPLETE,
@@ -16,6 +19,8 @@ from tests.interleavings.steps import (
     RETRY,
     ROLLBACK,
     claim,
+    claim_lost_once,
+    claim_on,
     recover,
     together,
 )
@@ -69,6 +74,111 @@ def claim_rolled_back_and_claim(_level: str) -> Spec:
         sessions={"lost": (claim(2), ROLLBACK), "y": (claim(3), COMMIT), "z": (claim(1), COMMIT)},
         outcome=outcome,
         allowed={"y a b c, z -", "y b c, z a", "y c, z -", "y c, z a", "y -, z a", "y -, z c", "y a b, z c"},
+    )
+
+
+@race(RC)
+def claims_that_go_on(_level: str) -> Spec:
+    """Claims from the middle of a lane and from its beginning: nothing twice, nobody waits, and what is before is left.
+
+    What was released behind the back of a claim that goes on is there for the next one from the beginning.
+    """
+    due = datetime(2020, 1, 1, tzinfo=UTC)
+
+    async def setup(scene: Scene) -> None:
+        await three(scene)
+        await scene.sql.execute("UPDATE pgebus.deliveries SET due_at = $1", due)
+        await scene.claimed("late", 1)
+
+    async def outcome(scene: Scene) -> str:
+        claims = [scene.result(f"{name}.claim") for name in "xyz"]
+        taken = " ".join(claims).replace("-", "").split()
+        assert len(taken) == len(set(taken)), claims
+        assert "a" not in claims[0] + claims[1]
+        return ", ".join(f"{name} {got}" for name, got in zip("xyz", claims, strict=True))
+
+    return Spec(
+        setup=setup,
+        sessions={
+            "late": (RELEASE, COMMIT),
+            "x": (claim_on(2, due, 2), COMMIT),
+            "y": (claim_on(2, due, 1), COMMIT),
+            "z": (together("claim", claim(1), COMMIT),),
+        },
+        outcome=outcome,
+        allowed={
+            "x b c, y -, z a",
+            "x c, y b, z a",
+            "x b c, y -, z -",
+            "x c, y b, z -",
+            "x -, y b, z c",
+            "x c, y -, z b",
+            "x -, y c, z b",
+        },
+        always="SELECT count(*) = 0 FROM pgebus.deliveries WHERE claim_seq > 2",
+    )
+
+
+@race(RC)
+def claims_of_what_one_worker_died_with(_level: str) -> Spec:
+    """Several of them at a time, and none twice; what two workers died with is taken alone, by the other statement."""
+
+    async def setup(scene: Scene) -> None:
+        await three(scene)
+        await scene.events("d")
+        await scene.sql.execute("UPDATE pgebus.deliveries SET lost = CASE type WHEN 'd' THEN 2 ELSE 1 END")
+
+    async def outcome(scene: Scene) -> str:
+        claims = {name: scene.result(f"{name}.claim").replace("-", "").split() for name in "xyz"}
+        taken = [one for each in claims.values() for one in each]
+        assert len(taken) == len(set(taken)), claims
+        assert "d" not in claims["x"] + claims["y"]
+        return " ".join(f"{name}{len(got)}" for name, got in claims.items())
+
+    return Spec(
+        setup=setup,
+        sessions={
+            "x": (claim_lost_once(2), COMMIT),
+            "y": (claim_lost_once(2), COMMIT),
+            "z": (claim(suspect=True), COMMIT),
+        },
+        outcome=outcome,
+        allowed={"x2 y1 z1", "x2 y0 z1", "x1 y2 z1", "x0 y2 z1"},
+        always="SELECT count(*) = 0 FROM pgebus.deliveries WHERE claim_seq > 1",
+    )
+
+
+@race(RC)
+def beat_and_recover(_level: str) -> Spec:
+    """A worker whose beat comes first keeps what it has; one that was ended before beats in vain."""
+
+    async def setup(scene: Scene) -> None:
+        await one_held_by_late(scene)
+        await scene.sql.execute(
+            "INSERT INTO pgebus.workers (id, channel, groups, beat_at, host, pid, version)"
+            " VALUES ($1, 'events', '{g}', now() - interval '1 minute', 'host', 1, '0')",
+            LATE,
+        )
+
+    async def outcome(scene: Scene) -> str:
+        beats, recovered = scene.result("late.beat"), scene.result("other.recover")
+        return f"beats {beats}, recovered {recovered}: {await scene.rows('status', 'attempt', 'lost')}"
+
+    return Spec(
+        setup=setup,
+        sessions={
+            "late": (BEAT, COMMIT),
+            "other": (recover(LATE), COMMIT),
+            "next": (claim(suspect=True), COMMIT),
+        },
+        outcome=outcome,
+        allowed={
+            "beats True, recovered 0: a running 1 0",
+            "beats False, recovered 1: a pending 1 1",
+            "beats False, recovered 1: a running 2 1",
+        },
+        waits={"late.beat", "other.recover"},
+        drains=False,  # whoever beats is alive, and nobody takes its deliveries
     )
 
 
