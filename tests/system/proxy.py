@@ -101,6 +101,15 @@ class Proxy:
         self._cut = _Cut(needle, how)
         return self._cut.happened
 
+    def hold_at(self, needle: bytes) -> tuple[asyncio.Event, asyncio.Event]:
+        """Keep back the next statement whose text holds *needle*.
+
+        Returns:
+            What is set when that has happened; and what the test sets for the statement to go on.
+        """
+        self._cut = cut = _Cut(needle, "hold")
+        return cut.happened, cut.released
+
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         return self
@@ -153,8 +162,9 @@ class Proxy:
 @dataclass
 class _Cut:
     needle: bytes
-    how: Literal["before", "after", "freeze"]
+    how: Literal["before", "after", "freeze", "hold"]
     happened: asyncio.Event = field(default_factory=asyncio.Event)
+    released: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class _Link:
@@ -197,6 +207,9 @@ class _Link:
             if sql is not None and (cut := self._proxy.take_cut(sql)) is not None:
                 if cut.how == "after":
                     self._lost_answer = cut
+                elif cut.how == "hold":
+                    cut.happened.set()
+                    await cut.released.wait()
                 else:
                     cut.happened.set()
                     if cut.how == "before":

@@ -23,7 +23,7 @@ from pgebus import (
 )
 from pgebus._runtime.maintenance import Maintenance
 from pgebus.models import SCHEMA_VERSION
-from tests.system.bus import Sql, delivery, finished, publish, running, settings
+from tests.system.bus import Sql, delivery, finished, publish, rounds, running, settings
 from tests.system.waiting import until
 
 
@@ -125,6 +125,28 @@ async def test_stop_waits_for_handlers_and_claims_nothing_more(
     assert (await delivery(sql, first))["status"] == "completed"
     assert (await delivery(sql, second))["status"] == "pending"
     assert (await delivery(sql, second))["claim_seq"] == 0
+
+
+async def test_whoever_stops_keeps_its_deliveries_until_its_handlers_have_ended(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql
+) -> None:
+    """To the others it lives as long as its handlers run, however long that is."""
+    started, gate = asyncio.Event(), asyncio.Event()
+    impatient = settings(database, recovery_grace_seconds=0.5)
+    stopping = EventSystem(waiting_router(started, gate), impatient)
+    await stopping.start()
+    event_id = await publish(sm, "slow")
+    await asyncio.wait_for(started.wait(), 10)
+    async with EventSystem(waiting_router(asyncio.Event(), gate), impatient):
+        await rounds(sql)  # the other one has seen that it is alive
+        end = asyncio.ensure_future(stopping.stop())
+        await rounds(sql, 5)
+        row = await delivery(sql, event_id)
+        gate.set()
+        await end
+        assert (row["status"], row["claim_seq"], row["lost"]) == ("running", 1, 0)
+        await finished(sql, event_id)
+    assert (await delivery(sql, event_id))["claim_seq"] == 1
 
 
 async def test_handlers_that_outlast_the_timeout_are_cancelled_and_released_uncounted(

@@ -19,7 +19,7 @@ from pgebus import (
     EventSystem,
     SessionlessConnectionError,
 )
-from pgebus._runtime import listening, maintenance
+from pgebus._runtime import claiming, listening, maintenance
 from pgebus._runtime.store import Line
 from tests.conftest import Server
 from tests.system.bus import Sql, backfilled, delivery, finished, publish, rounds, settings
@@ -215,6 +215,23 @@ async def test_a_listener_that_is_terminated_is_back_at_once(
             assert await handled.wait_for(event_id) - committed < 3.0
             await healthy(system)
             assert (await only_worker(sql))["id"] == before["id"]
+
+
+async def test_what_is_published_just_before_a_new_connection_listens_is_found(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks before it listens, and not after it, misses what comes in between."""
+    monkeypatch.setattr(claiming, "next_look", lambda _idle_for, poll_interval: poll_interval)
+    handled = Handled()
+    async with worker(handled.router, listening_through(database, proxy.text_url()), **DEAF):
+        await asleep(sql)
+        held, go_on = proxy.hold_at(b"LISTEN")
+        await sql.execute("SELECT pg_terminate_backend($1)", (await only_worker(sql))["backend_pid"])
+        await asyncio.wait_for(held.wait(), 10)
+        await rounds(sql)  # time enough for a look that comes too early
+        event_id = await publish(sm, "order.placed")
+        go_on.set()
+        await handled.wait_for(event_id)
 
 
 @pytest.mark.usefixtures("impatient")

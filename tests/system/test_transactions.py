@@ -335,6 +335,29 @@ async def test_unsafe_commits_for_real_and_the_delivery_still_completes(
     assert await effects_of(sql, event_id) == ["kept 1", "kept 2", "with the rest 2"]
 
 
+async def test_an_unsafe_commit_that_postgresql_turns_into_a_rollback_is_no_success(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql
+) -> None:
+    router = EventRouter()
+
+    @router.on("order.paid", transactional=True)
+    async def handle(ctx: EventContext, payload: dict[str, Any]) -> None:
+        assert ctx.session is not None
+        await effect(ctx.session, ctx.event_id, f"attempt {ctx.attempt}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            session = ctx.session.unsafe
+        if ctx.attempt == 1:
+            with suppress(DBAPIError):
+                await session.execute(text("SELECT 1 / 0"))
+        await session.commit()
+
+    async with running(router, database):
+        event_id = await publish(sm, "order.paid")
+        await finished(sql, event_id)
+    assert await effects_of(sql, event_id) == ["attempt 2"]
+
+
 async def test_the_session_is_of_no_use_after_the_handlers(
     database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql
 ) -> None:

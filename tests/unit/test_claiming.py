@@ -458,6 +458,17 @@ async def test_an_idle_worker_sets_its_flag_and_looks_once_more(bench: Bench) ->
         await until(lambda: bench.store.asked > asked)
 
 
+async def test_an_idle_worker_looks_again_after_the_poll_interval(standing_still: Time) -> None:
+    bench = Bench(slots=1)
+    async with bench.runs():
+        await until(lambda: bench.store.idle)
+        await come_to_rest()
+        bench.store.add(1)
+        standing_still.now += 61.0
+        bench.wakeup.stir()  # which is no reason to look
+        await bench.done(1)
+
+
 async def test_a_flag_that_was_cleared_while_all_hands_were_full_is_set_again(standing_still: Time) -> None:
     """Or nobody would wake the worker before its next look, which may be long after."""
     bench = Bench(slots=2)

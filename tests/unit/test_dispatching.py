@@ -12,7 +12,7 @@ import pytest
 from pgebus import EventContext, EventRouter, RetryPolicy
 from pgebus._runtime.dispatching import Dispatcher
 from pgebus._runtime.leases import Fence, Lease
-from pgebus._runtime.outcome import Complete, Lost, Outcome
+from pgebus._runtime.outcome import Complete, Lost, Outcome, Unhandle
 from pgebus._runtime.supervision import Crew
 from pgebus._runtime.threads import Threads
 from pgebus._runtime.transacting import Transactions
@@ -31,6 +31,13 @@ def dispatcher(router: EventRouter, threads: Threads) -> Dispatcher:
         threads=threads,
         own=nothing,
     )
+
+
+async def test_a_type_that_nobody_here_knows_is_left_to_others() -> None:
+    router, threads = EventRouter(), Threads()
+    lease = Lease(Fence(1, "default", 1, 1), "unknown", False, 1, 0, (), cast("Any", ROW))
+    assert await dispatcher(router, threads).dispatch(lease) == Unhandle()
+    threads.close()
 
 
 @pytest.mark.parametrize("abandoned", [True, False])

@@ -46,6 +46,27 @@ def test_every_statement_is_one_statement(name: str) -> None:
     assert ";" not in texts(PLAIN)[name]
 
 
+def common_tables(text: str) -> dict[str, tuple[str, str]]:
+    """Return what stands between AS and the parenthesis, and in the parentheses, of each CTE of *text*."""
+    found = {}
+    for match in re.finditer(r"(\w+) AS ((?:NOT )?(?:MATERIALIZED )?)\(", text):
+        depth, end = 1, match.end()
+        while depth:
+            depth += {"(": 1, ")": -1}.get(text[end], 0)
+            end += 1
+        found[match[1]] = match[2].strip(), text[match.end() : end - 1].strip()
+    return found
+
+
+@every_statement
+def test_what_locks_or_tells_somebody_is_done_once(name: str) -> None:
+    """A CTE that PostgreSQL may inline may be run once for each row of another table, or not at all."""
+    effects = re.compile(r"\bFOR (?:NO KEY )?UPDATE|\bFOR KEY SHARE|pg_notify\(|pg_try_advisory")
+    for cte, (how, body) in common_tables(flat(texts(PLAIN)[name])).items():
+        if not body.startswith(("UPDATE", "DELETE", "INSERT")) and effects.search(body):
+            assert how == "MATERIALIZED", cte
+
+
 # The fence
 
 
