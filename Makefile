@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Several processes, in the order of the files: those of tests/unit are short, and come last.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-slow test-matrix torture bench check fix clean
+.PHONY: help demo test test-slow test-matrix test-planted torture bench check fix clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ torture: $(STAMP) ## 100,000 events under faults of every kind, and then the boo
 test-matrix: $(STAMP) ## every PostgreSQL, the oldest and the newest libraries; about an hour
 	$(BIN)/python -m tests.matrix $(ARGS)
 
+test-planted: $(STAMP) ## bugs that are put into a copy of the source, and have to be noticed; half an hour (ARGS="B7 B20")
+	$(BIN)/python -m tests.planted $(ARGS)
+
 check: $(STAMP) ## format, lint, types, direction of imports: no database
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -48,4 +51,4 @@ fix: $(STAMP) ## format, and mend what the linter can
 	$(BIN)/ruff format .
 
 clean: ## remove what make made
-	rm -rf $(VENV) .venv-* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .planted.jsonl $(VENV) .venv-* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

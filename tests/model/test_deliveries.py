@@ -22,6 +22,8 @@ STEPS_OF_AN_EXAMPLE: Final = 100
 STEPS: Final = 6_000
 MANY_STEPS: Final = int(os.environ.get("PGEBUS_MODEL_STEPS", "25000"))
 SEED: Final = int(os.environ.get("PGEBUS_MODEL_SEED", "1"))
+# Whether a failing example is made as short as possible; without it, only that there is one is known, and soon.
+SHRINK: Final = os.environ.get("PGEBUS_MODEL_SHRINK", "1") != "0"
 # How many steps a mutant may survive.
 STEPS_TO_FIND: Final = 15_000
 # What must have happened, or the run has shown less than it seems to.
@@ -65,7 +67,7 @@ def machine(database: DatabaseSettings, monkeypatch: pytest.MonkeyPatch) -> Iter
     opened.close()
 
 
-def explore(machine: type[Deliveries], steps: int, seed_: int, *, shrink: bool = True) -> None:
+def explore(machine: type[Deliveries], steps: int, seed_: int, *, shrink: bool = SHRINK) -> None:
     """Take *steps* steps, in examples of a hundred; the same ones for the same seed."""
     run_state_machine_as_test(
         seed(seed_)(machine),
