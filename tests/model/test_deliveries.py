@@ -19,8 +19,8 @@ from tests.model.mutants import MUTANTS, Mutant
 
 STEPS_OF_AN_EXAMPLE: Final = 100
 # In the default lane, and in the long one.
-STEPS: Final = 6_000
-MANY_STEPS: Final = int(os.environ.get("PGEBUS_MODEL_STEPS", "25000"))
+STEPS: Final = 25_000
+MANY_STEPS: Final = int(os.environ.get("PGEBUS_MODEL_STEPS", "100000"))
 SEED: Final = int(os.environ.get("PGEBUS_MODEL_SEED", "1"))
 # Whether a failing example is made as short as possible; without it, only that there is one is known, and soon.
 SHRINK: Final = os.environ.get("PGEBUS_MODEL_SHRINK", "1") != "0"

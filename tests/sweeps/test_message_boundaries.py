@@ -114,7 +114,7 @@ def _of_workers(
     return [planned(each, cut) for each in WORKER for cut in cuts(each.role, messages[each], hows)]
 
 
-@sampled(120)
+@sampled(170)
 async def test_a_worker_survives_a_cut_at_any_message(benches: Benches, size: int, seed: int) -> None:
     """One system outlives them all, whatever it was just saying, and whatever it was just told."""
     stands = await benches(6)
@@ -177,7 +177,7 @@ async def test_a_start_and_a_stop_survive_a_cut_at_any_message(benches: Benches,
     check_not_vacuous(await run_all(chosen, stands), count, NETWORK, missed=0.4)
 
 
-@sampled(80)
+@sampled(94)
 async def test_a_publisher_knows_what_it_can_know_at_any_message(benches: Benches, size: int, seed: int) -> None:
     """Its order and its event are there, or neither; what it called ok is there, and what has failed is not."""
     async with AsyncExitStack() as stack:
