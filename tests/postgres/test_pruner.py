@@ -237,3 +237,27 @@ async def test_an_event_that_a_table_refers_to_stops_no_other_batch(
     await (await pruner(store, sql, Retention(60.0))).round()
     assert await kept(sql) == list(events[:4])
     assert caplog.text.count("rows of table 'mine' refer to them") == 1
+
+
+@pytest.mark.parametrize(
+    "refusing",
+    [
+        # 23001 from PostgreSQL 18 on, and 23503 before.
+        "CREATE TABLE mine (event_id bigint REFERENCES pgebus.events ON DELETE RESTRICT);"
+        "INSERT INTO mine SELECT min(id) FROM pgebus.events",
+        "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE 'not archived'; END$$;"
+        "CREATE TRIGGER mine BEFORE DELETE ON pgebus.events FOR EACH ROW WHEN (old.id % 6 = 1) EXECUTE FUNCTION no()",
+    ],
+    ids=["restrict", "trigger"],
+)
+async def test_what_the_application_refuses_to_delete_ends_no_round(
+    store: Watched, sql: Sql, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refusing: str
+) -> None:
+    """A round that raises is the failure of all of the maintenance: of health, of new groups, again and again."""
+    monkeypatch.setattr("pgebus._runtime.pruning.PRUNE_BATCH", 2)
+    events = await some(sql, 6)
+    await sql.execute(refusing)
+    await (await pruner(store, sql, Retention(60.0))).round()
+    assert len(await kept(sql)) == 2
+    assert set(await kept(sql)) < set(events)
+    assert caplog.text.count("Events are kept, because") == 1

@@ -162,14 +162,19 @@ class Pruner:
     async def _remove(self, kept: Mapping[int, float | None]) -> int:
         try:
             return await self._store.remove(kept, dead=self._keeping.dead, unhandled=self._keeping.unhandled)
-        except asyncpg.ForeignKeyViolationError as error:
+        except (asyncpg.IntegrityConstraintViolationError, asyncpg.PLPGSQLError) as error:
+            # A foreign key of the application's, or a trigger: no reason for the rest of the maintenance to fail.
             self._refuse(error)
             return 0
 
-    def _refuse(self, error: asyncpg.ForeignKeyViolationError) -> None:
-        if str(error.table_name) not in self._refused:
-            self._refused.add(str(error.table_name))
-            logger.warning("Events are kept, because rows of table %r refer to them.", error.table_name)
+    def _refuse(self, error: asyncpg.PostgresError) -> None:
+        if isinstance(error, (asyncpg.ForeignKeyViolationError, asyncpg.RestrictViolationError)):
+            why = f"rows of table {error.table_name!r} refer to them"
+        else:
+            why = f"the database refuses to delete them ({type(error).__name__})"
+        if why not in self._refused:
+            self._refused.add(why)
+            logger.warning("Events are kept, because %s.", why)
 
 
 def _look_at_dead(store: Store, group: str, seconds: float) -> Look:
