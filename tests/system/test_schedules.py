@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from pgebus import DatabaseSessionManager, DatabaseSettings, EventContext, EventRouter
+from pgebus import (
+    DatabaseSessionManager,
+    DatabaseSettings,
+    Event,
+    EventContext,
+    EventRouter,
+    EventSystem,
+    add_publish_middleware,
+    remove_publish_middleware,
+)
 from pgebus._runtime.pulse import Pulse
 from pgebus._runtime.scheduling import LOOK_SECONDS, Scheduler
 from tests.system.bus import Sql, finished, running
@@ -133,3 +143,40 @@ async def test_schedules_of_another_channel_are_left_alone(sm: DatabaseSessionMa
     await elsewhere.look()
     assert await sql.fetch(TICKS) == []
     assert await sql.fetchval("SELECT count(*) FROM pgebus.schedules") == 2
+
+
+async def test_an_event_that_the_application_refuses_to_publish_ends_no_worker(
+    database: DatabaseSettings, sql: Sql
+) -> None:
+    """A middleware that looks for the request that is handled finds none where the clock publishes."""
+    router = router_with(missed="all")
+
+    @router.every("* * * * *", "refused", missed="all")
+    async def handle(ctx: EventContext, payload: dict[str, Any]) -> None: ...
+
+    refusing = True
+
+    def middleware(event: Event, call_next: Callable[[Event], None]) -> None:
+        if refusing and event.type == "clock.refused":
+            raise LookupError("no tenant")
+        call_next(event)
+
+    async def says(system: EventSystem, what: str) -> bool:
+        reasons = system.health().reasons
+        return any(what in reason for reason in reasons) if what else not reasons
+
+    async with running(router, database):
+        await until(lambda: sql.fetchval("SELECT count(*) = 2 FROM pgebus.schedules"))
+    await sql.fetchval(BACK, timedelta(minutes=3))
+    add_publish_middleware(middleware)
+    try:
+        async with running(router, database) as system:
+            await until(lambda: sql.fetchval("SELECT count(*) >= 3 FROM pgebus.events WHERE type = 'clock.ticked'"))
+            await until(lambda: says(system, "LookupError"))
+            assert system.health().alive
+            assert await sql.fetchval("SELECT count(*) FROM pgebus.events WHERE type = 'clock.refused'") == 0
+            refusing = False
+            await until(lambda: sql.fetchval("SELECT count(*) >= 3 FROM pgebus.events WHERE type = 'clock.refused'"))
+            await until(lambda: says(system, ""))
+    finally:
+        remove_publish_middleware(middleware)

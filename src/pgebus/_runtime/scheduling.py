@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # How often the schedules are looked up again: they may be declared late, and others move them on.
 LOOK_SECONDS: Final = 30.0
+# After that, what the application has refused to publish is tried again.
+REFUSED_SECONDS: Final = 5.0
 # The clock of the database is a little behind our idea of it: a look too early costs another one.
 _EARLY_SECONDS: Final = 0.002
 
@@ -36,6 +38,14 @@ class _Key(NamedTuple):
     type: str
     cron: str
     timezone: str
+
+
+class RefusedError(Exception):
+    """The application's own code, such as a publish middleware, refused an event: no reason to end the worker."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
 
 class Scheduler:
@@ -59,8 +69,13 @@ class Scheduler:
     async def run(self) -> NoReturn:
         """Publish, until cancelled."""
         while True:
-            pause = await self.look()
-            self._health.well()
+            try:
+                pause = await self.look()
+            except RefusedError as refused:
+                self._health.failed(refused.error)
+                pause = REFUSED_SECONDS
+            else:
+                self._health.well()
             await asyncio.sleep(pause)
 
     async def look(self) -> float:
@@ -68,6 +83,7 @@ class Scheduler:
 
         Raises:
             DBAPIError, OSError, TimeoutError: If the database fails; the other schedules were tried all the same.
+            RefusedError: If the application's code does, which runs where an event is published. So here.
         """
         crons = self._crons()
         if not crons:
@@ -75,6 +91,7 @@ class Scheduler:
         now, reached = await self._declare(crons)
         pause = LOOK_SECONDS
         failed: list[BaseException] = []
+        refused: list[Exception] = []
         for key, last in reached.items():
             ticks, until = crons[key].due(last, now)
             if until is None:
@@ -87,8 +104,17 @@ class Scheduler:
             except DATABASE_ERRORS as error:
                 logger.warning("Events of type %r that the clock has come to were not published yet.", key.type)
                 failed.append(error)
+            except Exception as error:
+                logger.exception(
+                    "Events of type %r that the clock has come to were not published: what the application does with "
+                    "an event on its way has failed.",
+                    key.type,
+                )
+                refused.append(error)
         if failed:
             raise failed[0]
+        if refused:
+            raise RefusedError(refused[0])
         return max(0.0, pause) + _EARLY_SECONDS
 
     def _crons(self) -> dict[_Key, Cron]:
