@@ -261,3 +261,25 @@ async def test_what_the_application_refuses_to_delete_ends_no_round(
     assert len(await kept(sql)) == 2
     assert set(await kept(sql)) < set(events)
     assert caplog.text.count("Events are kept, because") == 1
+
+
+async def test_a_pass_heeds_who_came_after_it_had_begun(
+    store: Watched, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a long history a pass lasts for hours, and a worker that keeps more is started meanwhile."""
+    monkeypatch.setattr("pgebus._runtime.pruning.PRUNE_BATCH", 2)
+    monkeypatch.setattr("pgebus._runtime.pruning.ROUND_SECONDS", 0.0)
+    events = await some(sql, 8)
+    one = await pruner(store, sql, Retention(60.0))
+    await one.round()
+    assert await kept(sql) == list(events[2:])
+    await sql.execute(
+        "INSERT INTO pgebus.workers (id, channel, retention) VALUES (1, 'events', $1)", Retention(None).to_json()
+    )
+    for _ in range(3):
+        await one.round()
+    assert await kept(sql) == list(events[2:])
+    await sql.execute("UPDATE pgebus.workers SET ended_at = now() WHERE id = 1")
+    for _ in range(5):
+        await one.round()
+    assert await kept(sql) == []

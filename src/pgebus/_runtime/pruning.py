@@ -85,6 +85,8 @@ class Pruner:
         if monotonic() < self._next_at or self._declared is None:
             return
         until = monotonic() + ROUND_SECONDS
+        if self._walks and frozenset((await self._store.retentions())[1]) != self._said:
+            self._walks.clear()  # a pass may last for hours, and somebody else would keep more, or less, by now
         if not self._walks:
             await self._store.prune_workers()
             if not await self._begin():
