@@ -224,3 +224,15 @@ def test_a_moment_is_written_as_a_time_or_as_an_age() -> None:
     for wrong in ("", "7", "d", "1.5d", "7 d", "999999999w"):
         with pytest.raises(ConfigurationError):
             age_of(wrong)
+
+
+async def test_what_dies_again_is_not_redriven_in_place_of_the_others(sql: Sql, command: Command) -> None:
+    """A worker may be as fast as the batches, and the cause not mended."""
+    await fill(sql, 2 * BATCH + 1)
+    await sql.execute(
+        "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN new.status = 'dead';"
+        " new.finished_at = clock_timestamp(); RETURN new; END$$;"
+        "CREATE TRIGGER die BEFORE UPDATE ON pgebus.deliveries FOR EACH ROW EXECUTE FUNCTION die()"
+    )
+    assert (await command("redrive", "--yes"))[1] == "2,001 dead letters redriven.\n"
+    assert await sql.fetchval("SELECT count(*) FROM pgebus.deliveries WHERE round = 2") == 2 * BATCH + 1

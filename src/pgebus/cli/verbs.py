@@ -69,6 +69,8 @@ def redrive(
     filters = _filters(
         event_ids, group, channel, event_type, key, created_after, created_before, finished_after, finished_before
     )
+    # What dies again meanwhile is not redriven once more: it would stand before the others, batch after batch.
+    filters["finished_before"] = filters["finished_before"] or run(clock_of)
     act = Act("redrive", "dead letter", "dead letters", "redriven", dry_run=dry_run, yes=yes, as_json=as_json)
     act.ask(run(lambda session: operations.count_deliveries(session, status="dead", **filters)))
     act.do(
