@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import logging
 import os
@@ -9,11 +10,16 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 
 from pgebus import DatabaseSessionManager, DatabaseSettings
 from pgebus.cli.app import run
+from pgebus.cli.worker.orders import Order
+from pgebus.cli.worker.supervising import _Crew
+from pgebus.cli.worker.supervision import Supervisor
 from pgebus.models import SCHEMA_VERSION
 from tests.conftest import Server
 from tests.embedded import embedded
@@ -386,3 +392,33 @@ async def test_the_logging_that_a_program_sets_up_stays(
     worker.signal(signal.SIGTERM)
     assert await worker.ends() == 0
     assert " INFO " not in worker.said
+
+
+@pytest.mark.parametrize(("failing", "status"), [(1, 1), (3, 0)], ids=["the first one", "one of several"])
+async def test_a_process_that_cannot_be_started_ends_no_other(
+    failing: int, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of processes, or of memory, is reached for a moment."""
+    start, times = asyncio.create_subprocess_exec, 0
+
+    async def exec_(program: str, *_: str, **options: Any) -> asyncio.subprocess.Process:
+        nonlocal times
+        times += 1
+        if times == failing:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        (life,) = options["pass_fds"]
+        return await start(program, "-c", f"import os, time; os.write({life}, b'r'); time.sleep(60)", **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", exec_)
+    crew = _Crew(Order("app:system"), Supervisor(3, Random(1)))
+
+    async def told() -> bool:
+        if ready := len(crew._processes) == 3:
+            crew._happened.put_nowait(lambda: crew._told(signal.SIGTERM))
+        return ready or running.done()
+
+    running = asyncio.create_task(crew.run(()))
+    await until(told)
+    async with asyncio.timeout(10):
+        assert await running == status
+    assert times == (4 if status == 0 else 1)

@@ -96,19 +96,31 @@ class _Crew:
     async def _start(self, place: int) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "pgebus.cli.worker",
-                replace(self._order, life=theirs.fileno()).text(),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-            )
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "pgebus.cli.worker",
+                    replace(self._order, life=theirs.fileno()).text(),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                )
+            except OSError as error:  # no memory, or too many processes: the others are not to end for it
+                ours.close()
+                logger.error(
+                    "Worker process %d of %d could not be started: %s.", place + 1, self._supervisor.count, error
+                )
+                self._supervisor.started(place, monotonic())
+                self._happened.put_nowait(lambda: self._never_started(place))
+                return
         self._processes[place] = process
         self._supervisor.started(place, monotonic())
         logger.info("Worker process %d is started, %d of %d.", process.pid, place + 1, self._supervisor.count)
         self._spawn(self._live(place, process, ours))
+
+    def _never_started(self, place: int) -> None:
+        self._supervisor.ended(place, 1, monotonic())
 
     async def _live(self, place: int, process: asyncio.subprocess.Process, life: socket.socket) -> None:
         """Follow one life of a process."""
