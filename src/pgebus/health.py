@@ -57,6 +57,8 @@ class SystemHealth:
         running: Deliveries whose handlers run now.
         held: Deliveries that are claimed and not finished, the running ones included.
         reasons: Why it is not ready, in sentences; empty when it is.
+        warnings: What else is wrong, in sentences: events are handled, but something beside that fails, such as pruning
+            or a schedule.
     """
 
     state: SystemState
@@ -65,6 +67,7 @@ class SystemHealth:
     running: int
     held: int
     reasons: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -109,6 +112,7 @@ def readiness(system: _Reports) -> tuple[int, dict[str, Any]]:
         "ready": health.ready,
         "state": health.state.value,
         "reasons": list(health.reasons),
+        "warnings": list(health.warnings),
         "running": health.running,
         "held": health.held,
         "loops": [asdict(loop) for loop in health.loops],

@@ -337,7 +337,7 @@ async def test_three_processes_tell_of_a_mistake_once(start: Start) -> None:
 
 
 async def test_a_database_that_does_not_answer(start: Start) -> None:
-    await told(start(NOWHERE), 1, "shop@127.0.0.1:1/orders", "Connect call failed")
+    await told(start(NOWHERE), 1, "shop@127.0.0.1:1/orders", "[Errno ")
 
 
 async def test_a_database_that_is_not_there(start: Start, server: Server) -> None:

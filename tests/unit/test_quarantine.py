@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pgebus._runtime.quarantine import (
     ALONE_SECONDS,
     DRAIN_SECONDS,
+    LONGEST_DRAIN_SECONDS,
     LONGEST_WAIT_SECONDS,
     LOOK_SECONDS,
     RETRY_SECONDS,
@@ -160,7 +161,7 @@ steps = st.lists(
 
 
 @given(steps)
-def test_it_is_never_closed_for_longer_than_one_drain_or_one_suspect_allows(course: list[Step]) -> None:
+def test_it_is_never_closed_for_longer_than_the_longest_drain_or_one_suspect_allows(course: list[Step]) -> None:
     quarantine, now = Quarantine(), NOW
     started: float | None = None  # the suspect that runs
     for step in course:
@@ -176,7 +177,8 @@ def test_it_is_never_closed_for_longer_than_one_drain_or_one_suspect_allows(cour
             started = now
         if quarantine.closed(now):
             assert quarantine.opens_at() > now
-            longest = DRAIN_SECONDS if started is None else max(DRAIN_SECONDS, started + ALONE_SECONDS - now)
+            drain = LONGEST_DRAIN_SECONDS
+            longest = drain if started is None else max(drain, started + ALONE_SECONDS - now)
             assert quarantine.opens_at() - now <= longest + 1e-9
             assert not quarantine.closed(quarantine.opens_at())
 
@@ -195,8 +197,27 @@ def test_a_suspect_that_nothing_makes_way_for_costs_one_drain_at_a_time_and_star
             quarantine.looked(found=True, now=now)
             first = drains[0] if drains else now
             assert quarantine.may_start(now, held=1) == (now - first >= LONGEST_WAIT_SECONDS)
-        if quarantine.closed(now) and (not closed or now >= drains[-1] + DRAIN_SECONDS):
+        if quarantine.closed(now) and not closed:
             drains.append(now)
+            longest = min(LONGEST_DRAIN_SECONDS, DRAIN_SECONDS * 2 ** (len(drains) - 1))
+            assert quarantine.opens_at() - now <= longest + 1e-9
         closed = quarantine.closed(now)
     for earlier, later in pairwise(drains):
         assert later - earlier >= DRAIN_SECONDS + RETRY_SECONDS - 1e-9
+
+
+@pytest.mark.parametrize("handlers_take", [0.5, 2.0, 3.9, 7.9])
+def test_it_makes_way_for_as_long_as_handlers_take_that_run_all_the_time(
+    quarantine: Quarantine, handlers_take: float
+) -> None:
+    """On a busy worker nothing is left in hand only when nothing was claimed for as long as a handler takes."""
+    now = closed_since = NOW
+    while now - NOW < LONGEST_WAIT_SECONDS:
+        if now >= quarantine.look_at:
+            quarantine.looked(found=True, now=now)
+        if not quarantine.closed(now):
+            closed_since = now
+        if quarantine.may_start(now, held=int(now - closed_since < handlers_take)):
+            return
+        now += 0.05
+    raise AssertionError("it never came to it")

@@ -347,8 +347,9 @@ class Claimer:
         """
         groups = [group for group in self._groups if self._room_here(group, 1) > 0]
         leases: list[Lease] = []
-        if self._most_ahead and not self._holdings:
-            together = min(MOST_SUSPECTS, self._slots + min(self._most_ahead, self._rate.per_second()))
+        if self._most_ahead:
+            ahead = 0 if self._holdings else min(self._most_ahead, self._rate.per_second())
+            together = min(MOST_SUSPECTS, self._slots + ahead)
             wide = [group for group in groups if group not in self._here]
             leases = await self._store.claim_lost_once(worker_id, wide, together) if wide else []
         leases = leases or await self._store.claim_suspect(worker_id, groups)
@@ -372,7 +373,7 @@ class Claimer:
         self._quarantine.started(monotonic())
         self._suspects.update(leases)
         self._start(leases[0])  # also where no slot is free: it has waited for one long enough
-        self._buffer.extend(leases[1:])
+        self._buffer.extendleft(reversed(leases[1:]))  # before those that only just came
         self._start_buffered()
 
     def _start(self, lease: Lease) -> None:

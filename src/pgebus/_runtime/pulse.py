@@ -69,8 +69,8 @@ class Pulse:
         )
 
     def reasons(self, health: LoopHealth) -> list[str]:
-        """Say in plain words why *health* is not well."""
-        said = list(self.complaints)
+        """Say in plain words why *health* is not well, but for the complaints."""
+        said = []
         if not self.ok:
             said.append(
                 f"The {self.name} loop fails ({self.failures} times so far), the last time with: {self.last_error}"
@@ -111,12 +111,18 @@ def report(
     loops = [(pulse, pulse.health(now, waiting_since.get(pulse.name))) for pulse in pulses]
     reasons = [f"The system {_NOT_RUNNING[state]}."] if state in _NOT_RUNNING else []
     if state is SystemState.RUNNING and not present:
-        reasons.append("PostgreSQL does not see this worker: it claims nothing until its LISTEN connection is back.")
+        reasons.append("PostgreSQL does not see this worker: it claims nothing until it has shown itself again.")
+    warnings: list[str] = []
     for pulse, loop in loops:
-        reasons += pulse.reasons(loop)
+        reasons += pulse.complaints
+        # Without these two events are handled all the same, if not for ever.
+        beside = state is SystemState.RUNNING and pulse.name in ("maintain", "schedule")
+        (warnings if beside else reasons).extend(pulse.reasons(loop))
     # The acknowledge loop works only when there is something to write; one that never did yet says nothing.
     ages = [loop.worked_seconds_ago for _, loop in loops if loop.name != "acknowledge"]
     silent = min((age for age in ages if age is not None), default=0.0)
     if state is SystemState.RUNNING and silent >= SILENT_SECONDS and not reasons:
         reasons.append(f"No loop has come round for {silent:.0f} s: something blocks the event loop.")
-    return SystemHealth(state, present, tuple(loop for _, loop in loops), running, held, tuple(reasons))
+    return SystemHealth(
+        state, present, tuple(loop for _, loop in loops), running, held, tuple(reasons), tuple(warnings)
+    )

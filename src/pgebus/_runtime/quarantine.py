@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Final
 
 # How long nothing is claimed for its sake, while what runs comes to its end, and how long everything goes on as usual
-# after that was in vain.
+# after that was in vain. Each further time both are twice as long, for handlers that take longer.
 DRAIN_SECONDS: Final = 1.0
 RETRY_SECONDS: Final = 5.0
+LONGEST_DRAIN_SECONDS: Final = 8.0
 # After so long it starts beside others: handlers that run for an hour would keep it waiting for an hour.
 LONGEST_WAIT_SECONDS: Final = 60.0
 # What kills a process mostly does so at once. After so long others may start beside it.
@@ -25,6 +26,7 @@ class Quarantine:
 
     def __init__(self) -> None:
         self._waiting_since: float | None = None
+        self._drain = DRAIN_SECONDS
         self._drain_until = float("-inf")
         self._retry_at = float("-inf")
         self._alone_until = float("-inf")
@@ -36,13 +38,14 @@ class Quarantine:
         self.look_at = now + LOOK_SECONDS
         if not found:
             self._waiting_since = None
-            self._drain_until = now
+            self._drain, self._drain_until = DRAIN_SECONDS, now
             return
         if self._waiting_since is None:
             self._waiting_since = now
         if now >= self._retry_at and now >= self._alone_until:
-            self._drain_until = now + DRAIN_SECONDS
-            self._retry_at = self._drain_until + RETRY_SECONDS
+            self._drain_until = now + self._drain
+            self._retry_at = self._drain_until + self._drain * RETRY_SECONDS / DRAIN_SECONDS
+            self._drain = min(LONGEST_DRAIN_SECONDS, self._drain * 2)
 
     def closed(self, now: float) -> bool:
         """Return whether nothing else may be claimed or started."""
