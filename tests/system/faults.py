@@ -96,6 +96,15 @@ async def no_longer(system: EventSystem, within: float = 15.0) -> float:
     return await until(check, within)
 
 
+async def failed(system: EventSystem, loop: str, within: float = 15.0) -> float:
+    """Wait until a loop has failed at least once, which it may be over already; return the seconds."""
+
+    async def check() -> int:
+        return sum(one.failures for one in system.health().loops if one.name == loop)
+
+    return await until(check, within)
+
+
 # No constraint: a second effect must be stored to be seen.
 EFFECTS = "CREATE TABLE effects (event_id bigint NOT NULL, number integer NOT NULL, handler text NOT NULL)"
 

@@ -24,7 +24,7 @@ from pgebus._runtime.statements import Statements
 from pgebus.operations import list_groups
 from tests.system.bus import Sql, delivery, finished, publish, settings
 from tests.system.conftest import Spawn
-from tests.system.faults import EFFECTS, effects, healthy, no_longer, record, worker
+from tests.system.faults import EFFECTS, effects, failed, healthy, record, worker
 from tests.system.processes import Inquest, rescuing
 from tests.system.proxy import Proxy, TransactionPooler
 from tests.system.waiting import until
@@ -231,7 +231,7 @@ async def test_a_silent_connection_keeps_nobody_from_beating(
         async with worker(recording(), through, **BEATS) as system:
             deaf = proxy.cut_at(b"SET beat_at", "freeze")
             await asyncio.wait_for(deaf.wait(), 10)
-            await no_longer(system)
+            await failed(system, "beat")
             await healthy(system)
             await finished(sql, await publish(sm, "order.placed", {"number": 1}))
             assert await sql.fetchval("SELECT count(*) FROM pgebus.workers") == 1

@@ -27,6 +27,7 @@ from tests.system.faults import (
     EFFECTS,
     backends,
     effects,
+    failed,
     healthy,
     name_of,
     no_backend_of,
@@ -329,7 +330,7 @@ async def test_a_half_open_listener_is_noticed_and_its_ghost_ended(
         await asleep(sql)
         proxy.freeze()
         began = monotonic()
-        noticed = await no_longer(system)
+        noticed = await failed(system, "listen")
         assert noticed <= listening.BEAT_SECONDS + listening.ANSWER_SECONDS + 1.0
         event_id = await publish(sm, "order.placed")
         await handled.wait_for(event_id, within=5.0)
