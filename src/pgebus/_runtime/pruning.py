@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Final, TypeAlias
 
@@ -28,6 +27,9 @@ PRUNE_SECONDS: Final = 60.0
 PRUNE_BATCH: Final = 1_000
 # How long a round goes on; rounds come each second.
 ROUND_SECONDS: Final = 0.5
+# A deletion that takes longer is followed by smaller ones: foreign keys and triggers of the application's may be slow,
+# and the rest of the maintenance waits meanwhile.
+LONG_SECONDS: Final = 1.0
 FROM_THE_BEGINNING_SECONDS: Final = 3600.0
 # So much is looked at again: what was finished before the last pass, and committed after it.
 OVERLAP_MICROSECONDS: Final = 600_000_000
@@ -45,12 +47,36 @@ class Walk:
         what: What is looked for, as logs call it.
         term: Only types that are kept for so long are taken; None takes all.
         after: The place of the last delivery that was looked at.
+        batch: What was looked at there and is still to be deleted.
     """
 
     look: Look
     what: str
     term: float | None = None
     after: int = BEGINNING
+    batch: Batch | None = None
+
+
+@dataclass
+class Batch:
+    """What a look has found, which may take more than one round to delete.
+
+    Attributes:
+        kept: Event ids, and the seconds for which what is finished of them is kept.
+        types: The types of these events.
+        parts: The ids that are still to be tried, in the order in which they are; each part in one transaction.
+        after: The place of the last delivery that was looked at, or None.
+        more: Whether there may be more behind it.
+    """
+
+    kept: Mapping[int, float | None]
+    types: Mapping[int, str]
+    after: int | None
+    more: bool
+    parts: deque[list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parts = deque([list(self.kept)] if self.kept else [])
 
 
 class Pruner:
@@ -75,6 +101,7 @@ class Pruner:
         self._next_at = monotonic() + PRUNE_SECONDS
         self._whole_at = monotonic()
         self._refused: set[str] = set()
+        self._size = PRUNE_BATCH  # of how many events a part is, at most
 
     async def round(self) -> None:
         """Say what this worker keeps; and when it is time, go on for a while."""
@@ -93,7 +120,7 @@ class Pruner:
                 self._next_at = monotonic() + PRUNE_SECONDS
                 return
         while self._walks:
-            if not await self._step(self._walks[0]):
+            if not await self._step(self._walks[0], until):
                 self._walks.popleft()
             if monotonic() >= until and self._walks:
                 return
@@ -136,42 +163,80 @@ class Pruner:
             for group, event_type in await store.unhandled_types(await store.groups_with("unhandled")):
                 self._walks.append(Walk(_look_at_unhandled(store, group, event_type, unhandled), "unhandled"))
 
-    async def _step(self, walk: Walk) -> bool:
-        """Take one batch; return whether there may be more."""
+    async def _step(self, walk: Walk, until: float) -> bool:
+        """Take one batch, or as much of it as there is time for; return whether there may be more."""
+        batch = walk.batch = walk.batch or await self._look(walk)
+        gone: Counter[str] = Counter()
+        total = 0
+        try:
+            while batch.parts:
+                part = batch.parts.popleft()
+                if len(part) > self._size:
+                    batch.parts.appendleft(part[self._size :])
+                    part = part[: self._size]
+                if removed := await self._remove(batch, part):
+                    total += removed
+                    gone.update(batch.types[event_id] for event_id in part)
+                if batch.parts and monotonic() >= until:
+                    return True
+        finally:
+            if total and walk.term is None:
+                logger.warning(
+                    "Events deleted that were %s, because their retention is over: %d; of the types %s.",
+                    walk.what,
+                    total,
+                    ", ".join(f"{name} ({count})" for name, count in gone.most_common(5)),
+                )
+        walk.batch = None
+        if batch.after is not None:
+            walk.after = batch.after
+            if walk.term is not None:
+                self._reached[walk.term] = walk.after
+        return batch.more
+
+    async def _look(self, walk: Walk) -> Batch:
         rows = await walk.look(walk.after, PRUNE_BATCH)
         kept = {row["event_id"]: self._keeping.of(row["type"]) for row in rows if row["ours"] and row["old"]}
         if walk.term is not None:
             kept = {event_id: seconds for event_id, seconds in kept.items() if seconds == walk.term}
-        gone = 0
-        for some in batched(kept, PRUNE_BATCH):  # many may have been finished at one moment
-            gone += await self._remove({event_id: kept[event_id] for event_id in some})
-        if gone and walk.term is None:
-            types = Counter(row["type"] for row in rows if row["event_id"] in kept)
-            logger.warning(
-                "Events deleted that were %s, because their retention is over: %d; of the types %s.",
-                walk.what,
-                gone,
-                ", ".join(f"{name} ({count})" for name, count in types.most_common(5)),
-            )
-        if not rows:
-            return False
-        walk.after = rows[-1]["place"]
-        if walk.term is not None:
-            self._reached[walk.term] = walk.after
-        # Ids grow with time: behind an unhandled one that is young, all are.
-        return len(rows) >= PRUNE_BATCH and not rows[-1]["young"]
+        return Batch(
+            kept,
+            {row["event_id"]: row["type"] for row in rows},
+            after=rows[-1]["place"] if rows else None,
+            # Ids grow with time: behind an unhandled one that is young, all are.
+            more=len(rows) >= PRUNE_BATCH and not rows[-1]["young"],
+        )
 
-    async def _remove(self, kept: Mapping[int, float | None]) -> int:
+    async def _remove(self, batch: Batch, part: list[int]) -> int:
+        """Delete this part; where that is refused, or takes too long, put its halves back, or pass over the one."""
+        began = monotonic()
+        kept = {event_id: batch.kept[event_id] for event_id in part}
         try:
-            return await self._store.remove(kept, dead=self._keeping.dead, unhandled=self._keeping.unhandled)
-        except (asyncpg.IntegrityConstraintViolationError, asyncpg.PLPGSQLError) as error:
+            gone = await self._store.remove(kept, dead=self._keeping.dead, unhandled=self._keeping.unhandled)
+        except (asyncpg.IntegrityConstraintViolationError, asyncpg.PLPGSQLError, asyncpg.QueryCanceledError) as error:
             # A foreign key of the application's, or a trigger: no reason for the rest of the maintenance to fail.
-            self._refuse(error)
+            half = len(part) // 2
+            if half:
+                batch.parts.extendleft((part[half:], part[:half]))
+            else:
+                self._refuse(error)
+            if isinstance(error, asyncpg.QueryCanceledError):
+                # The rest of the maintenance has waited for as long as a statement may last; it comes first now.
+                self._size = max(1, half)
+                self._next_at = monotonic() + PRUNE_SECONDS
             return 0
+        took = monotonic() - began
+        if took > LONG_SECONDS:
+            self._size = max(1, len(part) // 2)
+        elif took < LONG_SECONDS / 4:
+            self._size = min(PRUNE_BATCH, max(self._size, 2 * len(part)))
+        return gone
 
     def _refuse(self, error: asyncpg.PostgresError) -> None:
         if isinstance(error, (asyncpg.ForeignKeyViolationError, asyncpg.RestrictViolationError)):
             why = f"rows of table {error.table_name!r} refer to them"
+        elif isinstance(error, asyncpg.QueryCanceledError):
+            why = "to delete one of them takes longer than a statement may last"
         else:
             why = f"the database refuses to delete them ({type(error).__name__})"
         if why not in self._refused:
@@ -191,10 +256,3 @@ def _look_at_unhandled(store: Store, group: str, event_type: str, seconds: float
         return await store.left_unhandled(group, event_type, seconds, after, limit)
 
     return look
-
-
-def batched(ids: Iterable[int], size: int) -> Iterator[list[int]]:
-    """Return *ids* in lists of *size*; itertools has it from Python 3.12 on."""
-    rest = iter(ids)
-    while some := list(islice(rest, size)):
-        yield some
