@@ -161,6 +161,28 @@ async def test_what_became_of_each_in_each_group(sm: DatabaseSessionManager, sql
     assert (found["later"].waited, found["later"].ran, found["later"].took) == (None, None, None)
 
 
+@pytest.mark.parametrize("moment", ["20000-01-01", "4000-01-01 BC"])
+async def test_a_moment_that_python_does_not_know_is_none(sm: DatabaseSessionManager, sql: Sql, moment: str) -> None:
+    """Any publisher may write it."""
+    await subscribe(sql, "g", "a.b")
+    asked = await event(sql)
+    below = await event(sql, asked, asked)
+    await sql.execute(
+        "UPDATE pgebus.events SET run_at = $1::text::timestamptz, created_at = $1::text::timestamptz", moment
+    )
+    for change in ("", ", status = 'running', worker_id = 1, claim_seq = 1, claimed_at = now()", ", status = 'dead'"):
+        await sql.execute(
+            f"UPDATE pgebus.deliveries SET due_at = $1::text::timestamptz{change}"
+            + (", finished_at = now(), claimed_at = NULL, worker_id = NULL" if "dead" in change else ""),
+            moment,
+        )
+        first, second = (await traced(sm, asked)).events
+        assert (first.id, first.created_at, second.id, second.created_at) == (asked, None, below, None)
+        (delivery,) = first.deliveries
+        assert (delivery.due_at, delivery.waited, delivery.took) == (None, None, None)
+        assert (delivery.ran is not None) == ("running" in change)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"event_id": 0}, {"event_id": 2**63}, {"limit": 0}, {"limit": 10_001}, {"within": 0}, {"within": True}],

@@ -18,7 +18,7 @@ from rich.tree import Tree
 from pgebus import operations
 from pgebus.cli.durations import duration
 from pgebus.cli.messages import FAILED, fail
-from pgebus.cli.showing import plain, run, write
+from pgebus.cli.showing import moment, plain, run, write
 
 __all__ = ["trace"]
 
@@ -71,8 +71,8 @@ def _title(event: operations.TracedEvent, found: operations.Trace) -> Text:
     root = found.events[0]
     title = Text(f"event {event.id}: {event.type}", style="bold" if event.id == found.event_id else "")
     if event.depth == 0:
-        title.append(f", {event.created_at.astimezone():%Y-%m-%d %H:%M:%S}", style="not bold")
-    else:
+        title.append(f", {moment(event.created_at)}", style="not bold")
+    elif event.created_at is not None and root.created_at is not None:
         title.append(f", {duration(event.created_at - root.created_at)} later", style="not bold")
     if event.depth > _DEEPEST:
         title.append(f", of event {event.cause}", style="not bold")
@@ -92,12 +92,13 @@ def _with_deliveries(tree: Tree, event: operations.TracedEvent, at: datetime) ->
 def _said(delivery: operations.TracedDelivery, at: datetime) -> str:
     """Return what became of it in one line."""
     parts = [f"{plain(delivery.group)}: {delivery.status}"]
-    if delivery.ran is not None and delivery.waited is not None:
+    if delivery.ran is not None:
         parts[0] += f" for {duration(delivery.ran)}"
-        parts.append(f"had waited {duration(delivery.waited)}")
+        if delivery.waited is not None:
+            parts.append(f"had waited {duration(delivery.waited)}")
     elif delivery.took is not None:
         parts[0] += f" {duration(delivery.took)} after it was due"
-    else:
+    elif delivery.due_at is not None and delivery.status not in ("completed", "cancelled", "dead"):
         late = at - delivery.due_at
         parts.append(f"due for {duration(late)}" if late >= timedelta(0) else f"due in {duration(-late)}")
     if delivery.attempt > 1 or (delivery.attempt and delivery.status in ("pending", "dead")):

@@ -113,3 +113,8 @@ WITH k AS MATERIALIZED (
   UPDATE {s}.deliveries n SET status = 'pending' FROM free WHERE n.ctid = free.place RETURNING n.channel
 ), told AS MATERIALIZED (SELECT pg_notify(c.channel, '') FROM (SELECT DISTINCT channel FROM done) c)
 SELECT (SELECT count(*) FROM done), (SELECT count(*) FROM told)"""
+
+
+def moment(column: str) -> str:
+    """Return a column as SQL, NULL where Python has no such year."""
+    return f"CASE WHEN {column} > '0001-01-03' AND {column} < '9999-12-29' THEN {column} END"

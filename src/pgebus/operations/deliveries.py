@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from pgebus.errors import ConfigurationError
 from pgebus.groups import check_group_name
-from pgebus.operations._statements import fetch, schema_of
+from pgebus.operations._statements import fetch, moment, schema_of
 from pgebus.operations.selection import (
     LARGEST_BATCH,
     STATUSES,
@@ -178,13 +178,8 @@ async def show_event(session: AsyncSession, event_id: int) -> EventState | None:
     return EventState(*values)
 
 
-def _moment(column: str) -> str:
-    """Return a column as SQL, NULL where Python has no such year."""
-    return f"CASE WHEN {column} > '0001-01-03' AND {column} < '9999-12-29' THEN {column} END"
-
-
 _EVENT: Final = f"""
-SELECT e.id, e.type, e.channel, e.key, e.dedup_key, e.priority, {_moment("e.created_at")}, {_moment("e.run_at")},
+SELECT e.id, e.type, e.channel, e.key, e.dedup_key, e.priority, {moment("e.created_at")}, {moment("e.run_at")},
   CAST(e.headers AS text), CAST(e.payload AS text)
 FROM {{s}}.events e WHERE e.id = :event_id"""
 
@@ -192,8 +187,8 @@ FROM {{s}}.events e WHERE e.id = :event_id"""
 def _deliveries(which: str) -> str:
     return f"""
 SELECT d.event_id, d.consumer_group, d.channel, d.type, d.key, d.status, d.priority, d.attempt, d.round, d.lost,
-  d.holds_key, (SELECT {_moment("e.created_at")} FROM {{s}}.events e WHERE e.id = d.event_id), {_moment("d.due_at")},
-  {_moment("d.claimed_at")}, {_moment("d.finished_at")}, CAST(d.worker_id AS text), d.handled, CAST(d.errors AS text)
+  d.holds_key, (SELECT {moment("e.created_at")} FROM {{s}}.events e WHERE e.id = d.event_id), {moment("d.due_at")},
+  {moment("d.claimed_at")}, {moment("d.finished_at")}, CAST(d.worker_id AS text), d.handled, CAST(d.errors AS text)
 FROM {{s}}.deliveries d {which}"""
 
 

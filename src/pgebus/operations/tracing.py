@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from pgebus._causes import caused_by
 from pgebus.errors import ConfigurationError
-from pgebus.operations._statements import fetch, schema_of
+from pgebus.operations._statements import fetch, moment, schema_of
 
 __all__ = ["SEARCHED_IDS", "Trace", "TracedDelivery", "TracedEvent", "trace"]
 
@@ -39,7 +39,8 @@ class TracedDelivery:
         status: Its status.
         attempt: The last attempt, counted from 1; 0 before the first.
         round: 1, and one more for each redrive or replay.
-        due_at: When it is due, or was for its last attempt.
+        due_at: When it is due, or was for its last attempt; None where the year is none of Python's. What follows
+            from such a moment is None too.
         waited: While it runs: from when it was due to its claim.
         ran: While it runs: since its claim.
         took: When it is finished: from when it was first due (in a later round: from when it was due last) to its end,
@@ -51,7 +52,7 @@ class TracedDelivery:
     status: str
     attempt: int
     round: int
-    due_at: datetime
+    due_at: datetime | None
     waited: timedelta | None
     ran: timedelta | None
     took: timedelta | None
@@ -66,7 +67,7 @@ class TracedEvent:
         id: Its id.
         type: Its type.
         channel: Its channel.
-        created_at: When it was published.
+        created_at: When it was published; None where the year is none of Python's.
         cause: The id of the event that caused it; None for the root.
         depth: How many causes are above it in this tree.
         deliveries: One for each consumer group, by name.
@@ -75,7 +76,7 @@ class TracedEvent:
     id: int
     type: str
     channel: str
-    created_at: datetime
+    created_at: datetime | None
     cause: int | None
     depth: int
     deliveries: tuple[TracedDelivery, ...]
@@ -111,8 +112,8 @@ class _Found:
     id: int
     type: str
     channel: str
-    run_at: datetime
-    created_at: datetime
+    run_at: datetime | None
+    created_at: datetime | None
     correlation_id: str
     causation_id: str | None
 
@@ -201,20 +202,24 @@ def _traced(event: _Found, depth: int, deliveries: Sequence[Any]) -> TracedEvent
     )
 
 
-def _delivery(row: Any, run_at: datetime) -> TracedDelivery:
+def _delivery(row: Any, run_at: datetime | None) -> TracedDelivery:
     waited = ran = took = None
     if row.claimed_at is not None:
-        waited, ran = row.claimed_at - row.due_at, row.now - row.claimed_at
+        waited, ran = _between(row.due_at, row.claimed_at), row.now - row.claimed_at
     if row.finished_at is not None:
-        took = row.finished_at - (run_at if row.round == 1 else row.due_at)
+        took = _between(run_at if row.round == 1 else row.due_at, row.finished_at)
     error = ": ".join(" ".join(part.split()) for part in (row.error_type, row.error_message) if part) or None
     return TracedDelivery(row.consumer_group, row.status, row.attempt, row.round, row.due_at, waited, ran, took, error)
 
 
-_EVENT: Final = """
-SELECT id, type, channel, run_at, created_at, headers ->> 'correlation_id' AS correlation_id,
-  headers ->> 'causation_id' AS causation_id
-FROM {s}.events """
+def _between(first: datetime | None, last: datetime) -> timedelta | None:
+    return None if first is None else last - first
+
+
+_EVENT: Final = f"""
+SELECT id, type, channel, {moment("run_at")} AS run_at, {moment("created_at")} AS created_at,
+  headers ->> 'correlation_id' AS correlation_id, headers ->> 'causation_id' AS causation_id
+FROM {{s}}.events """
 
 # Between two ids, so that without an index of the correlation ids it is a bounded part of the primary key's. In the
 # order of either index.
@@ -222,10 +227,11 @@ _DOWN: Final = f"""{_EVENT}
 WHERE headers ->> 'correlation_id' = :correlation_id AND id > :first AND id <= :last
 ORDER BY headers ->> 'correlation_id', id LIMIT :limit"""
 
-_DELIVERIES: Final = """
-SELECT event_id, consumer_group, status, attempt, round, due_at, claimed_at, finished_at, statement_timestamp() AS now,
+_DELIVERIES: Final = f"""
+SELECT event_id, consumer_group, status, attempt, round, {moment("due_at")} AS due_at,
+  {moment("claimed_at")} AS claimed_at, {moment("finished_at")} AS finished_at, statement_timestamp() AS now,
   errors -> -1 ->> 'type' AS error_type, errors -> -1 ->> 'message' AS error_message
-FROM {s}.deliveries WHERE event_id = ANY (:ids) ORDER BY event_id, consumer_group"""
+FROM {{s}}.deliveries WHERE event_id = ANY (:ids) ORDER BY event_id, consumer_group"""
 
 _HAS_INDEX: Final = """
 SELECT EXISTS (
