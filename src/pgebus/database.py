@@ -10,11 +10,11 @@ import logging
 from contextlib import AsyncExitStack, suppress
 from types import TracebackType
 from typing import Any, Self
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import asyncpg
 from sqlalchemy import URL, event
-from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.engine import Engine, ExceptionContext
 from sqlalchemy.exc import DisconnectionError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import QueuePool
@@ -31,6 +31,9 @@ _MODEL_SCHEMA = "pgebus"
 _CLOSE_SECONDS = 5.0
 _READ_ONLY = "25006"
 _DOUBTED = "pgebus_read_only"
+
+# What each engine has opened: a pool does not say what lies in it.
+_opened: WeakKeyDictionary[Engine, WeakSet[asyncpg.Connection[asyncpg.Record]]] = WeakKeyDictionary()
 
 
 def make_engine(settings: DatabaseSettings, *, url: URL | None = None, **engine_options: Any) -> AsyncEngine:
@@ -78,6 +81,8 @@ def make_engine(settings: DatabaseSettings, *, url: URL | None = None, **engine_
         execution_options=execution_options,
         **engine_options,
     )
+    opened = _opened[engine.sync_engine] = WeakSet()
+    event.listen(engine.sync_engine, "connect", lambda connection, _: opened.add(connection.driver_connection))
     event.listen(engine.sync_engine, "checkout", _replace_closed)
     event.listen(engine.sync_engine, "handle_error", _doubt_read_only)
     event.listen(engine.sync_engine, "checkout", _replace_read_only)
@@ -86,16 +91,28 @@ def make_engine(settings: DatabaseSettings, *, url: URL | None = None, **engine_
 
 
 async def dispose(engine: AsyncEngine) -> None:
-    """Close the connections that lie in the pool of *engine*, within a few seconds.
+    """Close the connections that lie in the pool of *engine*, within a few seconds, also when that is cancelled.
 
-    A polite close waits for the server's answer, and a server that has frozen never gives one.
+    A pool that is interrupted while it closes one connection leaves all the others open.
     """
+    closing = asyncio.ensure_future(_close_all(engine))
+    try:
+        await asyncio.shield(closing)
+    except asyncio.CancelledError:
+        await asyncio.wait([closing])
+        raise
+
+
+async def _close_all(engine: AsyncEngine) -> None:
+    # A polite close waits for the server's answer, and a server that has frozen never gives one.
     try:
         async with asyncio.timeout(_CLOSE_SECONDS):
             await engine.dispose()
     except TimeoutError:
         logger.warning("PostgreSQL did not answer when its connections were closed; they are given up.")
-        await engine.dispose(close=False)
+        for connection in _opened.pop(engine.sync_engine, ()):
+            connection.terminate()
+        await engine.dispose()
 
 
 def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import warnings
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,6 +15,8 @@ from sqlalchemy import Column, Integer, MetaData, NullPool, Table, insert, selec
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from tests.embedded import embedded
+from tests.sweeps.stepping import cancelled_at
+from tests.system.proxy import Proxy
 
 from pgebus.database import DatabaseSessionManager, make_engine
 from pgebus.errors import StateError
@@ -191,6 +194,42 @@ async def test_a_connection_that_comes_back_after_close_is_closed(empty_database
         await connection.execute(select(1))
         await manager.close()
         await backends_become(empty_database, 1)
+    await backends_become(empty_database, 0)
+    assert leaked() == []
+
+
+async def three_in_the_pool(manager: DatabaseSessionManager) -> list[Any]:
+    """Have three connections lie in the pool; return the driver's."""
+    async with AsyncExitStack() as stack:
+        lent = [await stack.enter_async_context(manager.engine.connect()) for _ in range(3)]
+        raw = [await connection.get_raw_connection() for connection in lent]
+        return [each.driver_connection for each in raw]
+
+
+async def test_a_close_that_is_cancelled_leaves_no_connection_open(empty_database: DatabaseSettings) -> None:
+    """Nobody would close the rest of the pool later."""
+    for number in range(1, 20):
+        manager = DatabaseSessionManager(empty_database)
+        connections = await three_in_the_pool(manager)
+        count = await cancelled_at(number, manager.close)
+        assert [connection.is_closed() for connection in connections] == [True] * 3
+        if count < number:
+            break
+    assert number > 1
+    assert leaked() == []
+
+
+async def test_close_gives_up_all_that_a_frozen_server_does_not_let_go(
+    empty_database: DatabaseSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgebus.database._CLOSE_SECONDS", 0.2)
+    async with Proxy(empty_database.sqlalchemy_url()) as proxy:
+        manager = DatabaseSessionManager(changed(empty_database, url=proxy.text_url()))
+        connections = await three_in_the_pool(manager)
+        proxy.freeze()
+        await manager.close()
+        assert [connection.is_closed() for connection in connections] == [True] * 3
+        proxy.reset()  # for the server they are still there
     await backends_become(empty_database, 0)
     assert leaked() == []
 

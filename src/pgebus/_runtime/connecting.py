@@ -6,7 +6,7 @@ Opens no connection by itself.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
 from sqlalchemy import event
@@ -48,11 +48,10 @@ async def open_engines(settings: Settings) -> AsyncIterator[tuple[AsyncEngine, A
         event.listen(control.sync_engine, "connect", _give_up_in_time)
     handlers = make_engine(database, pool_size=settings.event_system.n_workers, max_overflow=0)
     listen = make_engine(database, url=database.listen_sqlalchemy_url(), poolclass=NullPool, **autocommit)
-    try:
+    async with AsyncExitStack() as stack:  # goes on to the next one when one of them fails
+        for engine in (control, handlers, listen):
+            stack.push_async_callback(dispose, engine)
         yield control, handlers, listen
-    finally:
-        for engine in (listen, handlers, control):
-            await dispose(engine)
 
 
 def _claim_as_designed(dbapi_connection: Any, _record: object) -> None:
