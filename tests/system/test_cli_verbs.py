@@ -134,6 +134,14 @@ async def test_a_held_key_is_let_go(sql: Sql, command: Command) -> None:
     assert "Released: by ada: lost" in (await command("show", "1"))[1]
 
 
+async def test_a_key_that_nothing_holds_any_more_is_let_go_as_well(sql: Sql, command: Command) -> None:
+    """As `pgebus doctor` says, where no worker sweeps."""
+    await event_in(sql, "blocked", key="k")
+    status, out, _ = await command("release-key", "default", "k")
+    assert (status, out) == (0, "No deliveries made to let go of key 'k'.\n")
+    assert await statuses(sql) == ["pending"]
+
+
 async def test_what_cannot_be_purged_yet_is_said(sql: Sql, command: Command) -> None:
     await event_in(sql, "running")
     await event_in(sql, "completed")

@@ -59,11 +59,11 @@ class Act:
             raise typer.Exit(FAILED)
 
     def do(self, batch: Callable[[AsyncSession, list[Any], int], Awaitable[list[Any]]], *, once: bool = False) -> None:
-        """Do it, for as many as there were, batch by batch; say how many it were."""
+        """Do it, for as many as there were, batch by batch, or *once* in any case; say how many it were."""
 
         async def work(session: AsyncSession) -> int:
             count, last = 0, list[Any]()
-            while count < self._found:
+            while count < self._found or once:
                 last = await batch(session, last, min(BATCH, self._found - count))
                 await session.commit()
                 count += len(last)
@@ -71,7 +71,7 @@ class Act:
                     break
             return count
 
-        changed = run(work) if self._found else 0
+        changed = run(work) if self._found or once else 0
         short = "" if changed >= self._found else f" {self._found - changed:,} had changed meanwhile, or are locked."
         self._say(changed, f"{self._counted(changed)} {self._done}.{short}")
 
