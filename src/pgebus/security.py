@@ -96,6 +96,7 @@ def role_statements(roles: Roles | None = None, *, schema: str = "pgebus") -> li
         *(_create(name) for name in (roles.owner, roles.publisher, roles.worker)),
         _refuse_relatives(roles),
         _own(roles.owner, schema),
+        _own_versions(roles.owner, schema),
         *([f"REVOKE ALL ON SCHEMA {s} FROM PUBLIC"] if schema != "public" else []),
         f"REVOKE ALL ON SCHEMA {s} FROM {publisher}, {worker}",
         f"REVOKE ALL ON TABLE {ours} FROM PUBLIC, {publisher}, {worker}",
@@ -173,7 +174,7 @@ def _refuse_relatives(roles: Roles) -> str:
 def _own(owner: str, schema: str) -> str:
     """Return what makes *owner* the owner of everything of ours, and the current user, if need be, a member of it."""
     role, of_schema = quote_identifier(owner), quote_literal(schema)
-    names = ", ".join(quote_literal(name) for name in (*_WORKER, _VERSION_TABLE))
+    names = ", ".join(quote_literal(name) for name in _WORKER)
     functions = ", ".join(quote_literal(name) for name in _FUNCTIONS)
     another = f"(SELECT r.oid FROM pg_catalog.pg_roles r WHERE r.rolname = {quote_literal(owner)})"
     return _do(
@@ -191,6 +192,23 @@ def _own(owner: str, schema: str) -> str:
     EXECUTE 'ALTER ' || item.what || ' OWNER TO ' || {quote_literal(role)};
   END LOOP;""",
         "item record",
+    )
+
+
+def _own_versions(owner: str, schema: str) -> str:
+    """Return what gives *owner* Alembic's table, where none of its rows is of another history: else it is the host's."""
+    table = f"{quote_identifier(schema)}.{_VERSION_TABLE}"
+    return _do(
+        f"""  IF pg_catalog.has_table_privilege(pg_catalog.to_regclass({quote_literal(table)}), 'SELECT')
+    AND (SELECT c.relowner <> r.oid FROM pg_catalog.pg_class c, pg_catalog.pg_roles r
+      WHERE c.oid = pg_catalog.to_regclass({quote_literal(table)}) AND r.rolname = {quote_literal(owner)})
+  THEN
+    SELECT pg_catalog.bool_and(pg_catalog.starts_with(v.version_num, 'pgebus_')) INTO ours FROM {table} v;
+    IF ours THEN
+      ALTER TABLE {table} OWNER TO {quote_identifier(owner)};
+    END IF;
+  END IF;""",
+        "ours boolean",
     )
 
 

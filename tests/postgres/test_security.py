@@ -177,6 +177,27 @@ async def test_the_owner_owns_all_of_it_and_nothing_else_changes(granted: Cast, 
         await connection.exec_driver_sql("TRUNCATE pgebus.events")
 
 
+@pytest.mark.parametrize("revisions", [["a1b2c3", "pgebus_0002"], ["a1b2c3"], []])
+async def test_the_history_of_a_host_stays_its_own(
+    sql: Sql, database: DatabaseSettings, revisions: list[str]
+) -> None:
+    """In a schema that both share, the host's own migrations would be refused from now on."""
+    before = "SELECT pg_get_userbyid(relowner) FROM pg_class WHERE oid = 'pgebus.alembic_version'::regclass"
+    was = await sql.fetchval(before)
+    await sql.execute("DELETE FROM pgebus.alembic_version")
+    await sql.executemany("INSERT INTO pgebus.alembic_version VALUES ($1)", [(each,) for each in revisions])
+    async with casting(sql, database) as cast:
+        await cast.grant()
+        assert await sql.fetchval(before) == was
+        assert await sql.fetchval(before.replace("alembic_version", "events")) == cast.roles.owner
+
+
+async def test_tables_without_a_history_get_their_roles_as_well(sql: Sql, database: DatabaseSettings) -> None:
+    await sql.execute("DROP TABLE pgebus.alembic_version")
+    async with casting(sql, database) as cast:
+        await cast.grant()
+
+
 # Again, and what is refused
 
 
