@@ -196,7 +196,7 @@ def _own(owner: str, schema: str) -> str:
 
 
 def _own_versions(owner: str, schema: str) -> str:
-    """Return what gives *owner* Alembic's table, where none of its rows is of another history: else it is the host's."""
+    """Return what gives *owner* Alembic's table, unless rows of another history stand in it: then it is the host's."""
     table = f"{quote_identifier(schema)}.{_VERSION_TABLE}"
     return _do(
         f"""  IF pg_catalog.has_table_privilege(pg_catalog.to_regclass({quote_literal(table)}), 'SELECT')

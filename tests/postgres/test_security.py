@@ -178,9 +178,7 @@ async def test_the_owner_owns_all_of_it_and_nothing_else_changes(granted: Cast, 
 
 
 @pytest.mark.parametrize("revisions", [["a1b2c3", "pgebus_0002"], ["a1b2c3"], []])
-async def test_the_history_of_a_host_stays_its_own(
-    sql: Sql, database: DatabaseSettings, revisions: list[str]
-) -> None:
+async def test_the_history_of_a_host_stays_its_own(sql: Sql, database: DatabaseSettings, revisions: list[str]) -> None:
     """In a schema that both share, the host's own migrations would be refused from now on."""
     before = "SELECT pg_get_userbyid(relowner) FROM pg_class WHERE oid = 'pgebus.alembic_version'::regclass"
     was = await sql.fetchval(before)

@@ -68,6 +68,14 @@ async def make():
 
 def fail():
     raise RuntimeError("not today")
+
+
+def leave_a_child():
+    if os.fork() == 0:
+        while not Path("gate").exists():
+            time.sleep(0.01)
+        os._exit(0)
+    os._exit(3)
 """
 
 Start = Callable[..., Running]
@@ -230,6 +238,18 @@ async def test_no_child_outlives_a_supervisor_that_is_killed(
     if job == "job.gated":
         row = await delivery(sql, event_id)
         assert (row["status"], row["attempt"]) == ("pending", 0)
+
+
+async def test_the_end_of_a_process_is_noticed_also_when_a_child_of_it_lives_on(
+    start: Start, database: DatabaseSettings, tmp_path: Path
+) -> None:
+    """The child has what the supervisor listens to."""
+    supervisor = start(database, "app:leave_a_child", "--processes", "2")
+    try:
+        assert await supervisor.ends() == 3, supervisor.said
+    finally:
+        (tmp_path / "gate").touch()
+    await supervisor.nothing_is_left()
 
 
 # reload

@@ -126,9 +126,17 @@ class _Crew:
         """Follow one life of a process."""
         with life:
             life.setblocking(False)
-            if await asyncio.get_running_loop().sock_recv(life, 1):
-                self._happened.put_nowait(self._supervisor.ready)
-            status = await process.wait()
+            ready = asyncio.ensure_future(asyncio.get_running_loop().sock_recv(life, 1))
+            ended = asyncio.ensure_future(process.wait())
+            try:
+                # Its end, too: what it has started may hold the other end of the socket, and live on.
+                await asyncio.wait([ready, ended], return_when=asyncio.FIRST_COMPLETED)
+                if ready.done() and ready.result():
+                    self._happened.put_nowait(self._supervisor.ready)
+                status = await ended
+            finally:
+                ready.cancel()
+                ended.cancel()
         self._happened.put_nowait(lambda: self._ended(place, process.pid, status))
 
     def _ended(self, place: int, pid: int, status: int) -> None:
