@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
 from types import TracebackType
 from typing import Any, Self
@@ -95,11 +96,16 @@ async def dispose(engine: AsyncEngine) -> None:
 
     A pool that is interrupted while it closes one connection leaves all the others open.
     """
-    closing = asyncio.ensure_future(_close_all(engine))
+    await to_the_end(_close_all(engine))
+
+
+async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await *work*, which takes a bounded time; who cancels this waits for its end first."""
+    task = asyncio.ensure_future(work)
     try:
-        await asyncio.shield(closing)
+        await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([closing])
+        await asyncio.wait([task])
         raise
 
 

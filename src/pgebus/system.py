@@ -39,6 +39,7 @@ from pgebus._runtime.threads import Threads
 from pgebus._runtime.transacting import Transactions
 from pgebus._runtime.waking import DatabaseClock, Wakeup
 from pgebus._version import __version__
+from pgebus.database import to_the_end
 from pgebus.errors import ConfigurationError, StateError
 from pgebus.groups import DEFAULT_GROUP, check_group_name
 from pgebus.health import SystemHealth, SystemState
@@ -387,8 +388,10 @@ class EventSystem:
                 await self._wind_down(claimer, acknowledger, rounds, statements, writing=loops.alive("acknowledge"))
             finally:
                 self._threads.close()
-                await loops.end()
-                await transactions.close()
+                try:
+                    await loops.end()
+                finally:
+                    await to_the_end(transactions.close())
 
     async def _wind_down(
         self,
