@@ -32,6 +32,7 @@ from pgebus.embedded import EmbeddedPostgres
 from pgebus.migrations import upgrade
 from tests.conftest import Server
 from tests.embedded import embedded
+from tests.roles import casting
 from tests.system.bus import Sql, delivery, finished, publish, settings
 from tests.system.faults import (
     EFFECTS,
@@ -669,6 +670,54 @@ async def test_a_wrong_password_is_refused(perishable: DatabaseSettings) -> None
         assert faults.sqlstate(error) == "28P01"
         assert "the wrong one" not in str(error)
         await no_backend_of(perishable, "refused")
+
+
+@pytest.mark.parametrize(
+    ("refuse", "allow", "why"),
+    [
+        ("ROLE {login} CONNECTION LIMIT 0", "ROLE {login} CONNECTION LIMIT -1", "too many connections"),
+        ("ROLE {login} NOLOGIN", "ROLE {login} LOGIN", "not permitted to log in"),
+        (
+            'DATABASE "{database}" ALLOW_CONNECTIONS false',
+            'DATABASE "{database}" ALLOW_CONNECTIONS true',
+            "not currently accepting connections",
+        ),
+    ],
+    ids=["too many connections", "no login", "no database"],
+)
+async def test_a_server_that_lets_nobody_in_is_asked_ever_more_rarely(
+    database: DatabaseSettings, sql: Sql, server: Server, refuse: str, allow: str, why: str
+) -> None:
+    """It may be over in a moment, or have no end: the system is not well, goes on trying, and does not flood."""
+    await sql.execute(EFFECTS)
+    router, _ = both_kinds()
+    async with casting(sql, database) as cast:
+        await cast.grant()
+        given = await cast.login(cast.roles.worker)
+        await sql.execute(f"GRANT ALL ON effects TO {cast.logins[0]}")
+        names = {"login": cast.logins[0], "database": database.sqlalchemy_url().database}
+        async with DatabaseSessionManager(database) as sm, worker(router, given, **DEAF) as system:
+            await finished(sql, await publish(sm, "order.placed", {"number": 1}))
+            await server.execute(f"ALTER {refuse.format(**names)}")
+            event_id = await publish(sm, "order.placed", {"number": 2})  # its session was there before
+            began = monotonic()
+            await sql.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1", name_of(system)
+            )
+
+            async def tried() -> bool:
+                loops = {loop.name: loop for loop in system.health().loops}
+                assert all(loop.failures < 12 for loop in loops.values()), loops
+                return loops["listen"].failures >= 7 and why in (loops["listen"].last_error or "")
+
+            await until(tried, within=30.0)
+            assert monotonic() - began > 0.7  # at least half of 0.05, 0.1, 0.2, 0.4 and 0.8
+            assert not system.health().ready
+            assert system.health().alive
+            await server.execute(f"ALTER {allow.format(**names)}")
+            await healthy(system)
+            await finished(sql, event_id)
+    assert await effects(sql) == {1: 1, 2: 1}
 
 
 async def test_a_listener_that_cannot_connect_is_refused(database: DatabaseSettings, proxy: Proxy) -> None:

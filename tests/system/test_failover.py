@@ -28,7 +28,7 @@ from pgebus._runtime.faults import sqlstate
 from pgebus._runtime.store import Line
 from pgebus.embedded import EmbeddedPostgres
 from pgebus.migrations import upgrade
-from tests.system.bus import Sql, finished, publish, settings
+from tests.system.bus import Sql, finished, publish, running, settings
 from tests.system.faults import EFFECTS, connected, effects, healthy, name_of, no_longer, record, tasks_of_ours, worker
 from tests.system.proxy import Proxy
 from tests.system.standby import Standby, primary_and_standby, reaching
@@ -57,16 +57,7 @@ async def made(primary: EmbeddedPostgres, standby: EmbeddedPostgres, name: str) 
     await asyncio.to_thread(upgrade, on(primary, name))
     async with connected(on(primary, name)) as sql:
         await sql.execute(EFFECTS)
-
-        async def replayed() -> bool:
-            return bool(
-                await sql.fetchval(
-                    "SELECT bool_and(replay_lsn >= pg_current_wal_lsn()) FROM pg_stat_replication"
-                    " WHERE application_name = 'standby'"
-                )
-            )
-
-        await until(replayed)
+        await caught_up(sql)
     return on(primary, name)
 
 
@@ -87,6 +78,41 @@ async def synchronous(primary: EmbeddedPostgres) -> None:
     await set_on(primary, "synchronous_standby_names", "standby")
     async with connected(on(primary, "postgres")) as sql:
         await until(lambda: sql.fetchval("SELECT bool_or(sync_state = 'sync') FROM pg_stat_replication"))
+
+
+async def caught_up(sql: Sql) -> None:
+    """Wait until the standby has all that the primary has."""
+
+    async def replayed() -> bool:
+        return bool(
+            await sql.fetchval(
+                "SELECT bool_and(replay_lsn >= pg_current_wal_lsn()) FROM pg_stat_replication"
+                " WHERE application_name = 'standby'"
+            )
+        )
+
+    await until(replayed)
+
+
+LEDGER = """
+SELECT o.number, d.status, (SELECT count(*) FROM effects x WHERE x.number = o.number)
+FROM orders o FULL JOIN pgebus.events e ON (e.payload->>'number')::int = o.number
+LEFT JOIN pgebus.deliveries d ON d.event_id = e.id ORDER BY o.number"""
+
+
+async def with_an_order(sql: Sql, number: int, *, later: bool = False) -> int:
+    """Write an order and publish its event in one transaction; return the event's id."""
+    async with sql.transaction():
+        await sql.execute("CREATE TABLE IF NOT EXISTS orders (number integer NOT NULL)")
+        await sql.execute("INSERT INTO orders VALUES ($1)", number)
+        event_id: int = await sql.fetchval(
+            "INSERT INTO pgebus.events (type, payload, run_at)"
+            " VALUES ('order.placed', jsonb_build_object('number', $1::int), now() + make_interval(hours => $2))"
+            " RETURNING id",
+            number,
+            int(later),
+        )
+        return event_id
 
 
 @pytest.mark.slow
@@ -115,6 +141,38 @@ async def test_a_failover_to_a_synchronous_standby_loses_and_doubles_nothing(run
             await all_finished(both)
             assert took < 15.0
         await nothing_lost_nothing_doubled(both, publisher, seen)
+
+
+async def test_what_an_asynchronous_standby_had_not_got_is_lost_as_a_whole() -> None:
+    """The last seconds of the primary: an event goes with what was written beside it, an effect with its completion."""
+    router, _ = both_kinds()
+    with primary_and_standby() as (primary, standby):
+        database = await made(primary, standby, "app")
+        async with connected(database) as sql, running(router, database) as system:
+            await finished(sql, await with_an_order(sql, 1))
+            waiting = await with_an_order(sql, 2, later=True)
+            await caught_up(sql)
+            await set_on(standby, "primary_conninfo", "")  # it gets nothing any more
+            await sql.execute("UPDATE pgebus.events SET run_at = now() WHERE id = $1", waiting)
+            await sql.execute("UPDATE pgebus.deliveries SET due_at = now() WHERE event_id = $1", waiting)
+            await finished(sql, waiting)
+            await finished(sql, await with_an_order(sql, 3))
+            assert await effects(sql) == {1: 1, 2: 1, 3: 1}
+            await asyncio.to_thread(primary.shut_down, "immediate")
+            await no_longer(system)
+        await asyncio.to_thread(standby.promote)
+        database = on(standby, "app")
+        async with connected(database) as sql, running(router, database):
+            assert [tuple(row) for row in await sql.fetch(LEDGER)] == [(1, "completed", 1), (2, "pending", 0)]
+            await sql.execute("UPDATE pgebus.deliveries SET due_at = now() WHERE event_id = $1", waiting)
+            await finished(sql, waiting)
+            again = await with_an_order(sql, 4)
+            await finished(sql, again)
+            assert [tuple(row) for row in await sql.fetch(LEDGER)] == [
+                (1, "completed", 1),
+                (2, "completed", 1),
+                (4, "completed", 1),
+            ]
 
 
 @pytest.mark.parametrize("count", [1, 1_000])
