@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 from tests.postgres.plain_sql import Sql, subscribe
 from tests.postgres.states import STATES, deliver, event_in
 
-from pgebus import DatabaseSessionManager, operations
+from pgebus import DatabaseSessionManager, SessionStateError, operations
 from pgebus._runtime.statements import Statements
 from pgebus.operations import _statements, purging
 
@@ -115,6 +116,35 @@ async def test_what_is_redriven_at_this_moment_keeps_its_payload(
         assert await operations.purge_payload(session, event_ids=[event_id]) == operations.Purged((), (event_id,))
         await session.commit()
     assert await sql.fetchval("SELECT payload::text FROM pgebus.events") == '{"name": "Ada"}'
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"])
+async def test_a_session_that_cannot_look_again_is_refused(level: str, sm: DatabaseSessionManager, sql: Sql) -> None:
+    """It would not see a delivery that a replay has made since its snapshot, whose handlers would get nothing."""
+    event_id = await event_in(sql, "completed")
+    async with sm.session() as session:
+        await session.connection(execution_options={"isolation_level": level})
+        with pytest.raises(SessionStateError, match=level):
+            await operations.purge_payload(session, event_ids=[event_id])
+    assert await sql.fetchval("SELECT payload::text FROM pgebus.events") == '{"name": "Ada"}'
+
+
+async def test_nobody_who_has_locked_a_delivery_is_waited_for(sm: DatabaseSessionManager, sql: Sql) -> None:
+    locked, free = [await event_in(sql, "dead") for _ in range(2)]
+    async with sql.transaction():
+        await sql.execute("SELECT FROM pgebus.deliveries WHERE event_id = $1 FOR UPDATE", locked)
+        async with sm.session() as session:
+            await session.execute(text("SET LOCAL lock_timeout = '1ms'"))
+            purged = await operations.purge_payload(session, event_ids=[locked, free])
+            await session.commit()
+    assert purged == operations.Purged((free,), ())
+
+
+async def test_an_event_without_any_delivery_is_emptied(sm: DatabaseSessionManager, sql: Sql) -> None:
+    event_id = await event_in(sql, "completed")
+    await sql.execute("DELETE FROM pgebus.deliveries")
+    async with sm.session() as session:
+        assert (await operations.purge_payload(session, event_ids=[event_id])).event_ids == (event_id,)
 
 
 async def test_a_batch_is_bounded(sm: DatabaseSessionManager, sql: Sql) -> None:

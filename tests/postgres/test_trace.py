@@ -161,6 +161,19 @@ async def test_what_became_of_each_in_each_group(sm: DatabaseSessionManager, sql
     assert (found["later"].waited, found["later"].ran, found["later"].took) == (None, None, None)
 
 
+async def test_what_was_caused_by_an_event_that_is_gone_is_below_the_root(sm: DatabaseSessionManager, sql: Sql) -> None:
+    """A shorter retention of one type is enough for it; but of what another tree has, nothing is shown."""
+    root, first, second, third, fourth = await family(sql)
+    below = await event(sql, third, root)
+    other = await event(sql, None, root)
+    await event(sql, other, root)
+    await event(sql, root - 1, root)
+    await sql.execute("DELETE FROM pgebus.events WHERE id = ANY ($1)", [first, root - 1])
+    found = await traced(sm, root)
+    assert shape(found) == [(root, 0), (second, 1), (third, 1), (below, 2), (fourth, 1)]
+    assert [each.cause for each in found.events] == [None, root, first, third, first]
+
+
 @pytest.mark.parametrize("moment", ["20000-01-01", "4000-01-01 BC"])
 async def test_a_moment_that_python_does_not_know_is_none(sm: DatabaseSessionManager, sql: Sql, moment: str) -> None:
     """Any publisher may write it."""

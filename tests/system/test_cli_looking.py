@@ -81,6 +81,12 @@ async def test_the_trace_is_a_tree(events: None, command: Command) -> None:
     ]
 
 
+async def test_the_trace_names_an_event_that_is_gone(events: None, sql: Sql, command: Command) -> None:
+    await sql.execute("DELETE FROM pgebus.events WHERE id = 2")
+    _, out, _ = await command("trace", "1")
+    assert re.search(r"└── event 3: mail.opened, .* later, of event 2, which is gone\n", out)
+
+
 async def test_the_trace_as_json_has_seconds(events: None, command: Command) -> None:
     status, out, _ = await command("trace", "3", "--json")
     assert status == 0

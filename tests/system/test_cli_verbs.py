@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from pgebus import ConfigurationError, DatabaseSettings
-from pgebus.cli.acting import BATCH
+from pgebus.cli.acting import BATCH, Act
 from pgebus.cli.options import age_of, moment_of
 from tests.postgres.plain_sql import subscribe
 from tests.postgres.states import STATES, event_in
 from tests.system.bus import Sql
 from tests.system.conftest import Command
+from tests.system.faults import connected
 from tests.system.test_cli_check import environment, url_of
 from tests.system.test_verbs_at_work import fill
 
@@ -123,6 +124,30 @@ async def test_whoever_is_asked_may_say_no(sql: Sql, command: Command, monkeypat
         assert await statuses(sql) == [becomes]
 
 
+@pytest.mark.parametrize("given", [[], ["--created-before", "2100-01-01"]])
+async def test_nobody_was_asked_about_what_was_published_meanwhile(
+    sql: Sql, database: DatabaseSettings, command: Command, monkeypatch: pytest.MonkeyPatch, given: list[str]
+) -> None:
+    """While the operator thinks, those that were counted are completed, and as many others come."""
+    await event_in(sql, "pending")
+    ask = Act.ask
+
+    def think(self: Act, found: int) -> None:
+        ask(self, found)
+        asyncio.run(meanwhile())
+
+    async def meanwhile() -> None:
+        async with connected(database) as other:
+            await other.execute("UPDATE pgebus.deliveries SET status = 'completed', finished_at = now()")
+            event_id = await event_in(other, "pending")
+            await other.execute("UPDATE pgebus.events SET created_at = now() WHERE id = $1", event_id)
+
+    monkeypatch.setattr(Act, "ask", think)
+    status, out, _ = await command("cancel", "--type", "a.b", *given, "--yes")
+    assert (status, out) == (0, "No deliveries cancelled. 1 had changed meanwhile, or are locked.\n")
+    assert await statuses(sql) == ["completed", "pending"]
+
+
 async def test_a_held_key_is_let_go(sql: Sql, command: Command) -> None:
     await event_in(sql, "dead", holds_key=True)
     await event_in(sql, "blocked", key="k")
@@ -140,6 +165,19 @@ async def test_a_key_that_nothing_holds_any_more_is_let_go_as_well(sql: Sql, com
     status, out, _ = await command("release-key", "default", "k")
     assert (status, out) == (0, "No deliveries made to let go of key 'k'.\n")
     assert await statuses(sql) == ["pending"]
+
+
+async def test_a_group_is_removed_when_that_is_meant_and_batch_by_batch(sql: Sql, command: Command) -> None:
+    await fill(sql, 2 * BATCH)
+    await subscribe(sql, "default", "a.b")
+    status, out, err = await command("groups", "remove", "default")
+    assert (status, out) == (2, "")
+    assert err == "2,000 deliveries would be cancelled with group 'default'. Nothing was changed: say --yes.\n"
+    assert await sql.fetchval("SELECT count(*) FROM pgebus.subscriptions") > 0
+    status, out, _ = await command("groups", "remove", "default", "--yes")
+    assert (status, out) == (0, "Group 'default' is removed; deliveries cancelled: 2000.\n")
+    assert await sql.fetchval("SELECT count(DISTINCT xmin::text) FROM pgebus.deliveries") == 2
+    assert (await command("groups", "remove", "default", "--yes"))[0] == 2
 
 
 async def test_what_cannot_be_purged_yet_is_said(sql: Sql, command: Command) -> None:

@@ -9,12 +9,16 @@ from dataclasses import asdict
 from typing import Annotated, Final
 
 import typer
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from pgebus import ConfigurationError, EventRouter, EventSystem, Settings, operations
+from pgebus.cli.acting import BATCH, Act
 from pgebus.cli.importing import imported
 from pgebus.cli.messages import FAILED, MISUSED, fail
+from pgebus.cli.options import Yes
 from pgebus.cli.showing import moment, run, table, write
 from pgebus.names import check_event_type
+from pgebus.operations.cancelling import CANCELLABLE
 
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 Channel = Annotated[
@@ -112,6 +116,7 @@ def remove(
     group: Group,
     pattern: Annotated[str | None, typer.Option(help="Remove this pattern alone.", show_default=False)] = None,
     channel: Channel = None,
+    yes: Yes = False,
 ) -> None:
     """Remove a group that no running worker serves, and cancel its deliveries."""
     if pattern is not None:
@@ -119,8 +124,28 @@ def remove(
             fail(f"Group {group!r} has no pattern {pattern!r}. 'pgebus groups' lists those that it has.", FAILED)
         typer.echo(f"Pattern {pattern!r} of group {group!r} is removed.")
         return
-    count = run(lambda session: operations.remove_group(session, group, _channel(context, channel)))
+    where = _channel(context, channel)
+    act = Act(
+        "remove", "delivery", "deliveries", f"cancelled with group {group!r}", dry_run=False, yes=yes, as_json=False
+    )
+    act.ask(run(lambda session: operations.count_deliveries(session, status=CANCELLABLE, group=group, channel=where)))
+    count = run(lambda session: _removed(session, group, where))
     typer.echo(f"Group {group!r} is removed; deliveries cancelled: {count}.")
+
+
+async def _removed(session: AsyncSession, group: str, channel: str) -> int:
+    """Remove the group, and cancel its deliveries batch by batch; return how many there were."""
+    count = await operations.remove_group(session, group, channel, limit=BATCH)
+    await session.commit()
+    total = count
+    while count == BATCH:
+        try:
+            count = await operations.remove_group(session, group, channel, limit=BATCH)
+        except ConfigurationError:  # there were no more
+            break
+        await session.commit()
+        total += count
+    return total
 
 
 def blocked(

@@ -74,7 +74,9 @@ def _title(event: operations.TracedEvent, found: operations.Trace) -> Text:
         title.append(f", {moment(event.created_at)}", style="not bold")
     elif event.created_at is not None and root.created_at is not None:
         title.append(f", {duration(event.created_at - root.created_at)} later", style="not bold")
-    if event.depth > _DEEPEST:
+    if event.depth == 1 and event.cause != root.id:
+        title.append(f", of event {event.cause}, which is gone", style="not bold")
+    elif event.depth > _DEEPEST:
         title.append(f", of event {event.cause}", style="not bold")
     if event.id == found.event_id and event.depth:
         title.append(", asked for")

@@ -7,6 +7,7 @@ transaction of its own; what is done when a command is interrupted stays done, a
 from __future__ import annotations
 
 import getpass
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
@@ -156,6 +157,7 @@ def cancel(
     statuses = check_statuses(status or None, CANCELLABLE)
     if not status:
         Selection.of(filters).refuse_everything("cancel")
+    filters["created_before"] = _until_now(filters)
     act.ask(run(lambda session: operations.count_deliveries(session, status=statuses, **filters)))
     act.do(
         lambda session, _done, limit: operations.cancel(
@@ -248,6 +250,8 @@ def purge(
         name: value for name, value in filters.items() if name not in ("group", "finished_after", "finished_before")
     }
     act = Act("purge", "event", "events", "emptied", dry_run=dry_run, yes=yes, as_json=as_json)
+    Selection.of(which).refuse_everything("purge")
+    which["created_before"] = _until_now(which)
     finished, unfinished = run(lambda session: count_purgeable(session, **which))
     act.ask(finished)
 
@@ -287,6 +291,13 @@ def _filters(
         **({} if channel is None else {"channel": channel}),
         **{name: None if clock is None else moment_of(value, clock) for name, value in moments.items()},
     }
+
+
+def _until_now(filters: dict[str, Any]) -> datetime:
+    """Return before when what is meant was published: nobody was asked about what comes after that."""
+    clock = run(clock_of)
+    given: datetime | None = filters["created_before"]
+    return clock if given is None else min(given, clock)
 
 
 def _user() -> str | None:

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 
 from pgebus._writing import table_of
-from pgebus.errors import SessionTypeError
+from pgebus.errors import SessionStateError, SessionTypeError
 from pgebus.names import quote_identifier
 from pgebus.operations.selection import check_text
 
@@ -43,6 +43,22 @@ async def schema_of(session: AsyncSession) -> str:
 async def fetch(session: AsyncSession, sql: str, **parameters: Any) -> Sequence[Any]:
     """Run one statement in the caller's transaction, and return its rows."""
     return (await session.execute(text(sql), parameters)).all()
+
+
+async def require_fresh_snapshots(session: AsyncSession, verb: str) -> None:
+    """Refuse a session in which a later statement does not see what was committed since, or keeps no lock.
+
+    Raises:
+        SessionStateError: If it is in AUTOCOMMIT, or at REPEATABLE READ or above.
+    """
+    connection = await session.connection()
+    if await connection.run_sync(lambda c: getattr(c.connection.dbapi_connection, "autocommit", False)):
+        raise SessionStateError(f"{verb} takes several statements: the session must not be in AUTOCOMMIT.")
+    ((level,),) = await fetch(session, "SELECT current_setting('transaction_isolation')")
+    if level not in ("read committed", "read uncommitted"):
+        raise SessionStateError(
+            f"At {level.upper()} {verb} would not see what was committed a moment ago. Use READ COMMITTED."
+        )
 
 
 def entry(kind: str, *, of: str = "d") -> str:

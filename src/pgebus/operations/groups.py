@@ -186,22 +186,32 @@ async def limit_group(session: AsyncSession, group: str, max_running: int | None
     return changed
 
 
-async def remove_group(session: AsyncSession, group: str, channel: str = "events") -> int:
+async def remove_group(session: AsyncSession, group: str, channel: str = "events", *, limit: int | None = None) -> int:
     """Remove *group* with its patterns, and cancel all of its deliveries that are not completed.
 
     A delivery that runs is taken from its worker: it cannot be completed any more. Where the group itself is gone
-    already, what is left of its deliveries is cancelled.
+    already, what is left of its deliveries is cancelled. It waits for rows that somebody has locked.
+
+    Args:
+        session: Its transaction is yours to commit.
+        group: The consumer group.
+        channel: Its channel.
+        limit: How many deliveries are cancelled, at most; None for all of them. Where as many were, call again, after
+            the commit: there may be more.
 
     Returns:
         How many deliveries were cancelled.
 
     Raises:
-        ConfigurationError: If there is neither such a group nor an unfinished delivery of it.
+        ConfigurationError: If there is neither such a group nor an unfinished delivery of it, or *limit* is no whole
+            number from 1.
         StateError: If a worker that is alive serves it; or if one of the channel is alive, and a pattern of the group
             was declared in the last five minutes. It would be there again a moment later.
     """
     check_channel(channel)
     check_group_name(group)
+    if limit is not None and not (type(limit) is int and 1 <= limit < 2**63):
+        raise ConfigurationError(f"limit must be a whole number from 1 to {2**63 - 1}, or None, not {limit!r}.")
     served = select(_alive(literal(channel), literal(group)))
     if count := (await session.scalars(served)).one():
         raise StateError(
@@ -211,14 +221,12 @@ async def remove_group(session: AsyncSession, group: str, channel: str = "events
     removed: Any = await session.execute(
         delete(ConsumerGroup).where(ConsumerGroup.channel == channel, ConsumerGroup.consumer_group == group)
     )
+    # Not IN: only so is the index of each of them used.
+    theirs = Delivery.channel == channel, Delivery.consumer_group == group, or_(*map(_has, _UNFINISHED))
+    some = select(Delivery.event_id).where(*theirs).limit(limit)
     cancelled: Any = await session.execute(
         update(Delivery)
-        .where(
-            Delivery.channel == channel,
-            Delivery.consumer_group == group,
-            # Not IN: only so is the index of each of them used.
-            or_(*(_has(status) for status in _UNFINISHED)),
-        )
+        .where(*theirs, *([] if limit is None else [Delivery.event_id.in_(some)]))
         # The transaction's clock: so a group that is declared again is younger than what its removal has cancelled.
         .values(status="cancelled", worker_id=None, claimed_at=None, finished_at=func.now(), holds_key=False)
         .execution_options(synchronize_session=False)

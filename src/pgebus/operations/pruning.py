@@ -15,8 +15,8 @@ from typing import Final, NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from pgebus.errors import ConfigurationError, SessionStateError
-from pgebus.operations._statements import fetch, schema_of
+from pgebus.errors import ConfigurationError
+from pgebus.operations._statements import fetch, require_fresh_snapshots, schema_of
 from pgebus.operations.selection import check_limit
 
 __all__ = ["prune"]
@@ -49,7 +49,7 @@ async def prune(session: AsyncSession, older_than: timedelta, *, limit: int = 1_
     """
     seconds, limit = check_age(older_than), check_limit(limit)
     s = await schema_of(session)
-    await _require_fresh_snapshots(session)
+    await require_fresh_snapshots(session, "prune()")
     sql = f"""
 WITH {_CUT}
 SELECT d.event_id FROM {prunable(s)} ORDER BY d.finished_at, d.event_id LIMIT :limit"""
@@ -74,17 +74,6 @@ async def count_prunable(session: AsyncSession, older_than: timedelta) -> int:
     s = await schema_of(session)
     (row,) = await fetch(session, f"WITH {_CUT} SELECT count(DISTINCT d.event_id) FROM {prunable(s)}", seconds=seconds)
     return int(row[0])
-
-
-async def _require_fresh_snapshots(session: AsyncSession) -> None:
-    connection = await session.connection()
-    if await connection.run_sync(lambda c: getattr(c.connection.dbapi_connection, "autocommit", False)):
-        raise SessionStateError("prune() takes several statements: the session must not be in AUTOCOMMIT.")
-    ((level,),) = await fetch(session, "SELECT current_setting('transaction_isolation')")
-    if level not in ("read committed", "read uncommitted"):
-        raise SessionStateError(
-            f"At {level.upper()} prune() would not see what was committed a moment ago. Use READ COMMITTED."
-        )
 
 
 class Written(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Final, Unpack
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from pgebus.operations._statements import NOT_PURGED, PURGED_AT, fetch, promote, schema_of
+from pgebus.operations._statements import NOT_PURGED, PURGED_AT, fetch, promote, require_fresh_snapshots, schema_of
 from pgebus.operations.selection import EventFilters, Selection, check_limit
 
 __all__ = ["Purged", "purge_payload"]
@@ -50,19 +50,22 @@ async def purge_payload(
     is never handled again: its dead letters are cancelled, and let go of their keys; replay() and new groups leave it
     out.
 
-    Done again it finds nothing. A row that somebody has locked is passed over.
+    Done again it finds nothing. An event is passed over while somebody has locked it, or a delivery of it.
 
     Args:
-        session: Its transaction is yours to commit.
+        session: Its transaction is yours to commit; at READ COMMITTED.
         channel: Only of this channel.
         limit: How many events, at most; 1 to 10,000. Call again, after the commit, for more.
         **filters: Which events; see `EventFilters`. At least one.
 
     Raises:
         ConfigurationError: If an argument is none of its kind, or all events would be emptied.
+        SessionStateError: If the session is in AUTOCOMMIT, or at another isolation level: it would not see that an
+            event has just been replayed for a group, and leave that group nothing.
     """
     selection = Selection.of(filters, channel=channel)
     selection.refuse_everything("purge_payload()")
+    await require_fresh_snapshots(session, "purge_payload()")
     parameters = {"limit": check_limit(limit), **selection.parameters()}
     s = await schema_of(session)
     # Locked first, and looked at in statements of their own then: nobody replays an event that is locked.
@@ -71,16 +74,7 @@ async def purge_payload(
         f"SELECT e.id FROM {purgeable(s, selection)} ORDER BY e.id LIMIT :limit FOR UPDATE OF e SKIP LOCKED",
         **parameters,
     )
-    deliveries = await fetch(
-        session,
-        f"""
-SELECT d.event_id, d.finished_at IS NULL, d.ctid FROM unnest(CAST(:ids AS bigint[])) u(id) CROSS JOIN LATERAL (
-  SELECT d.event_id, d.consumer_group, d.finished_at, d.ctid FROM {s}.deliveries d WHERE d.event_id = u.id
-  ORDER BY d.consumer_group FOR UPDATE) d""",
-        ids=[row[0] for row in locked],
-    )
-    begun = {event_id for event_id, unfinished, _ in deliveries if unfinished}
-    ids = [row[0] for row in locked if row[0] not in begun]
+    ids = [row[0] for row in await fetch(session, _WHOLE.replace("{s}", s), ids=[row[0] for row in locked])]
     if ids:
         await fetch(session, _EMPTY_EVENTS.replace("{s}", s), ids=ids)
         emptied = await fetch(session, _EMPTY_DELIVERIES.replace("{s}", s), ids=ids)
@@ -122,6 +116,18 @@ def unpurgeable(s: str, selection: Selection) -> str:
     conditions = [*selection.conditions(s, "e"), NOT_PURGED, f"NOT ({_IS_FINISHED.replace('{s}', s)})"]
     return f"{s}.events e WHERE {' AND '.join(conditions)}"
 
+
+# Those of which every delivery is finished, and locked by us now.
+_WHOLE: Final = """
+WITH u AS MATERIALIZED (
+  SELECT id FROM unnest(CAST(:ids AS bigint[])) u(id)
+), ours AS MATERIALIZED (
+  SELECT u.id, d.place FROM u LEFT JOIN LATERAL (
+    SELECT d.ctid AS place FROM {s}.deliveries d WHERE d.event_id = u.id AND d.finished_at IS NOT NULL
+    ORDER BY d.consumer_group FOR UPDATE SKIP LOCKED) d ON true
+)
+SELECT o.id FROM (SELECT id, count(place) AS n FROM ours GROUP BY id) o
+WHERE o.n = (SELECT count(*) FROM {s}.deliveries d WHERE d.event_id = o.id) ORDER BY o.id"""
 
 _EMPTY_EVENTS: Final = f"""
 UPDATE {{s}}.events e SET payload = '{{}}', headers = (

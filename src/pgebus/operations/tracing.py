@@ -9,7 +9,7 @@ come after, so many and no more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -70,7 +70,8 @@ class TracedEvent:
         type: Its type.
         channel: Its channel.
         created_at: When it was published; None where the year is none of Python's.
-        cause: The id of the event that caused it; None for the root.
+        cause: The id of the event that caused it; None for the root. Where that one is gone, pruned or deleted, it is
+            none of the tree's, and this event is below the root.
         depth: How many causes are above it in this tree.
         deliveries: One for each consumer group, by name.
     """
@@ -157,7 +158,10 @@ async def trace(session: AsyncSession, event_id: int, *, limit: int = 200, withi
         younger, left = await search.down(root.correlation_id, first, last)
         found.update((event.id, event) for event in younger)
         more = more or left
-    ordered = list(_preorder(root.id, found))
+    # Of an earlier id than the root's, it would be the root of another tree.
+    absent = {each.cause for each in found.values() if each.cause is not None and root.id < each.cause < each.id}
+    gone = await search.gone(absent - found.keys())
+    ordered = list(_preorder(root.id, found, gone))
     deliveries = await search.deliveries([event.id for event, _ in ordered])
     return Trace(
         event_id=event_id,
@@ -175,8 +179,8 @@ def _check(name: str, value: object, most: int) -> None:
         raise ConfigurationError(f"{name} must be a whole number from 1 to {most:,}, not {value!r}.")
 
 
-def _preorder(root: int, found: Mapping[int, _Found]) -> Iterable[tuple[_Found, int]]:
-    """Return each event with its depth, then its children.
+def _preorder(root: int, found: Mapping[int, _Found], gone: Collection[int]) -> Iterable[tuple[_Found, int]]:
+    """Return each event with its depth, then its children; what was caused by one that is gone is below the root.
 
     It ends: each event has one cause, so that a circle, which only a person writes, is reached through nothing but its
     own events; and what has caused the root is not looked at.
@@ -184,7 +188,7 @@ def _preorder(root: int, found: Mapping[int, _Found]) -> Iterable[tuple[_Found, 
     children: dict[int, list[int]] = {}
     for event in found.values():
         if event.cause is not None and event.id != root:
-            children.setdefault(event.cause, []).append(event.id)
+            children.setdefault(root if event.cause in gone else event.cause, []).append(event.id)
     waiting = [(root, 0)]
     while waiting:
         event_id, depth = waiting.pop()
@@ -289,6 +293,11 @@ class _Search:
             newest = (await self._fetch("SELECT max(id) AS newest FROM {s}.events"))[0].newest
             self.searched_to = end if newest is not None and newest > end else None
         return [_found(row) for row in rows[: self._limit]], more
+
+    async def gone(self, ids: Collection[int]) -> set[int]:
+        """Return which of these events are not there."""
+        rows = await self._fetch("SELECT id FROM {s}.events WHERE id = ANY (:ids)", ids=list(ids)) if ids else ()
+        return {*ids} - {row.id for row in rows}
 
     async def deliveries(self, ids: Sequence[int]) -> dict[int, list[Any]]:
         """Return the rows of their deliveries, by event."""
