@@ -28,6 +28,7 @@ from pgebus import (
 )
 from pgebus._runtime import faults, listening, transacting
 from pgebus._runtime.store import Line
+from pgebus.database import dispose, make_engine
 from pgebus.embedded import EmbeddedPostgres
 from pgebus.migrations import upgrade
 from tests.conftest import Server
@@ -421,6 +422,28 @@ async def test_a_silent_claim_connection_is_given_up(
         proxy.reset()  # for the server the silent connection is still there
         await healthy(system)
     assert seen == {1: 1}
+
+
+async def test_a_connection_that_is_being_given_up_is_not_forgotten_when_that_is_cancelled(
+    database: DatabaseSettings, proxy: Proxy
+) -> None:
+    """Until the garbage collector came, its place in the pool would be taken."""
+    engine = make_engine(through(proxy), pool_size=1, max_overflow=0, isolation_level="AUTOCOMMIT")
+    line = Line(engine, within=0.2)
+    await line.value("SELECT 1")
+    proxy.freeze()
+    task = asyncio.create_task(line.value("SELECT 1"))
+
+    async def giving_up() -> bool:
+        return line._raw is None
+
+    await until(giving_up)
+    task.cancel()
+    with pytest.raises((asyncio.CancelledError, TimeoutError)):
+        await task
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]  # of a QueuePool
+    await dispose(engine)
+    proxy.reset()  # for the server the silent connection is still there
 
 
 @pytest.mark.parametrize("statement", [b"pg_catalog.version()", b"BEGIN ISOLATION LEVEL", b".complete("])

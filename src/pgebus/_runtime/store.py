@@ -23,6 +23,7 @@ from pgebus._runtime.leases import Fence, Lane, Lease, Place
 from pgebus._runtime.outcome import Failure
 from pgebus._runtime.statements import Statements
 from pgebus._runtime.supervision import DATABASE_ERRORS
+from pgebus.database import to_the_end
 from pgebus.groups import Group
 
 # Far above what any of our statements takes, far below what a person would wait for.
@@ -104,11 +105,7 @@ class Line:
     async def _drop(self, error: BaseException) -> None:
         connection, raw = self._connection, self._raw
         self._connection = self._raw = None
-        if raw is not None:
-            await give_up(raw, error)
-        if connection is not None:
-            with contextlib.suppress(*DATABASE_ERRORS):  # it is being thrown away
-                await asyncio.shield(_discard(connection))
+        await to_the_end(_discard(connection, raw, error))
 
 
 async def give_up(raw: asyncpg.Connection[asyncpg.Record], error: BaseException) -> None:
@@ -144,10 +141,17 @@ async def _unless_raced(claim: Callable[[], Awaitable[_T]]) -> _T:
     return await claim()
 
 
-async def _discard(connection: AsyncConnection) -> None:
-    async with asyncio.timeout(5):
-        await connection.invalidate()
-        await connection.close()
+async def _discard(
+    connection: AsyncConnection | None, raw: asyncpg.Connection[asyncpg.Record] | None, error: BaseException
+) -> None:
+    """Break it, and give its place in the pool back."""
+    if raw is not None:
+        await give_up(raw, error)
+    if connection is not None:
+        with contextlib.suppress(*DATABASE_ERRORS):  # it is being thrown away
+            async with asyncio.timeout(5):
+                await connection.invalidate()
+                await connection.close()
 
 
 # A key of a group of a channel.
