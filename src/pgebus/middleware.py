@@ -62,7 +62,7 @@ class Around:
 class _Pass:
     """One call."""
 
-    __slots__ = ("_around", "_borne", "_cancelled", "_ctx", "_innermost", "_payload", "_task")
+    __slots__ = ("_around", "_borne", "_cancelled", "_ctx", "_innermost", "_misused", "_payload", "_task")
 
     def __init__(self, around: Around, ctx: EventContext, payload: object, innermost: Innermost) -> None:
         self._around = around
@@ -73,12 +73,15 @@ class _Pass:
         # The cancellations that are nobody's here: from before, or the handler has returned in spite of them.
         self._borne = self._cancellations()
         self._cancelled: asyncio.CancelledError | None = None
+        self._misused: MiddlewareError | None = None
 
     async def run(self) -> None:
         await self._step(0)
         if self._cancelled is not None:
             raise self._cancelled
         self._check_cancelled()
+        if self._misused is not None:  # and caught, as by a loop that tries again
+            raise self._misused
 
     async def _step(self, index: int) -> None:
         if index == len(self._around._middleware):
@@ -91,10 +94,11 @@ class _Pass:
             nonlocal state
             if state != _WAITING:
                 when = "after it had returned" if state == _LATE else "a second time"
-                raise MiddlewareError(
+                self._misused = MiddlewareError(
                     f"Middleware {shown(middleware)} called call_next() {when}. It is called once: raise Retry, or let "
                     "the error pass, to have the event handled again."
                 )
+                raise self._misused
             if ctx is not self._ctx:
                 raise MiddlewareError(
                     f"Middleware {shown(middleware)} called call_next() with {type(ctx).__name__[:80]!r} instead of "

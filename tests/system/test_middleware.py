@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import json
+import logging
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -18,6 +20,7 @@ from pgebus import (
     DatabaseSettings,
     EventContext,
     EventRouter,
+    MiddlewareError,
     Reject,
     Retry,
     RetryPolicy,
@@ -237,6 +240,14 @@ async def _again_after_a_failure(ctx: EventContext, call_next: CallNext) -> None
         await call_next(ctx)
 
 
+async def _again_until_it_succeeds(ctx: EventContext, call_next: CallNext) -> None:
+    for _ in range(3):
+        try:
+            await call_next(ctx)
+        except (LookupError, MiddlewareError):
+            logging.getLogger(__name__).info("once more")
+
+
 async def _another_context(ctx: EventContext, call_next: CallNext) -> None:
     await call_next(object())  # type: ignore[arg-type]  # the mistake under test
 
@@ -247,6 +258,7 @@ async def _another_context(ctx: EventContext, call_next: CallNext) -> None:
         (_never, "returned without 'await call_next(ctx)'", 0),
         (_twice, "a second time", 1),
         (_again_after_a_failure, "a second time", 1),
+        (_again_until_it_succeeds, "a second time", 1),
         (_another_context, "instead of the context", 0),
     ],
 )
@@ -260,7 +272,7 @@ async def test_the_next_one_is_called_once(
     @router.on("a", retry=ONCE)
     async def handler(ctx: EventContext, payload: dict[str, Any]) -> None:
         ran.append(ctx.event_id)
-        if middleware is _again_after_a_failure:
+        if middleware in (_again_after_a_failure, _again_until_it_succeeds):
             raise LookupError
 
     async with running(router, database):
@@ -297,6 +309,30 @@ async def test_a_timeout_includes_the_middleware(
         ids = [await publish(sm, "a", {"before": True}), await publish(sm, "a")]
         await finished(sql, *ids, status="dead")
     assert [failure(await delivery(sql, each))["type"] for each in ids] == ["TimeoutError", "TimeoutError"]
+
+
+async def test_a_plain_function_that_is_too_late_has_failed_whatever_the_middleware_makes_of_it(
+    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql
+) -> None:
+    router, gate, swallowed = EventRouter(), threading.Event(), asyncio.Event()
+
+    @router.middleware
+    async def swallow(ctx: EventContext, call_next: CallNext) -> None:
+        try:
+            await call_next(ctx)
+        except TimeoutError:
+            swallowed.set()
+
+    @router.on("a", timeout=timedelta(milliseconds=50), retry=ONCE)
+    def handler(ctx: EventContext, payload: dict[str, Any]) -> None:
+        gate.wait(30)
+
+    async with running(router, database):
+        event_id = await publish(sm, "a")
+        await asyncio.wait_for(swallowed.wait(), 10)
+        gate.set()
+        await finished(sql, event_id, status="dead")
+    assert failure(await delivery(sql, event_id))["type"] == "TimeoutError"
 
 
 @pytest.mark.parametrize("where", ["before", "inside", "after"])

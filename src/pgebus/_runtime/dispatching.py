@@ -357,17 +357,23 @@ class Dispatcher:
         flush: Callable[[], Awaitable[None]] | None,
     ) -> None:
         """Call a plain function through what stands around it, which runs in this task."""
+        late: _HandlerFailed | None = None
 
         async def innermost(given: Mapping[str, Any]) -> None:
             call = replace(handler, function=partial(handler.function, **given))
             try:
                 await self._call_in_thread(call, lease, decoded, argument, in_transaction=flush is not None)
             except _HandlerFailed as failed:
+                nonlocal late
+                if self._calls[lease].error is not failed.error:
+                    late = failed
                 if isinstance(failed.error, Exception):
                     raise failed.error from None
                 raise
 
         await around.run(context, argument, innermost)
+        if late is not None:  # and nobody has said so: the function may still be running
+            raise late
 
     async def _call_in_thread(
         self, handler: Handler, lease: Lease, decoded: _Decoded, argument: object, *, in_transaction: bool
