@@ -37,6 +37,9 @@ class Group:
             written when a process starts.
         per_process: How many of them run at once in one process.
         dead_holds_key: Whether a dead delivery holds back the later events of its key.
+        keep_history: False has a delivery deleted when it is completed, instead of kept until its retention is over.
+            What is dead, cancelled or unhandled is kept all the same. Not written to the database: a process that does
+            not say it keeps what it completes.
 
     Raises:
         ConfigurationError: If a value cannot be used.
@@ -47,6 +50,7 @@ class Group:
     max_running: int | None = None
     per_process: int | None = None
     dead_holds_key: bool | None = None
+    keep_history: bool | None = None
 
     def __post_init__(self) -> None:
         check_group_name(self.name)
@@ -62,9 +66,10 @@ class Group:
             most: object = getattr(self, what)
             if most is not None and not (type(most) is int and 1 <= most <= _MOST_RUNNING):
                 raise ConfigurationError(f"{what} of group {self.name!r} must be a whole number from 1, not {most!r}.")
-        holds: object = self.dead_holds_key
-        if holds not in (None, True, False) or (isinstance(holds, int) and not isinstance(holds, bool)):
-            raise ConfigurationError(f"dead_holds_key of group {self.name!r} must be True or False.")
+        for what in ("dead_holds_key", "keep_history"):
+            said: object = getattr(self, what)
+            if said is not None and not isinstance(said, bool):
+                raise ConfigurationError(f"{what} of group {self.name!r} must be True or False.")
 
     def joined_with(self, other: Group) -> Group:
         """Return one group that says what both say.

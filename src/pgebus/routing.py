@@ -336,6 +336,11 @@ class EventRouter:
         """Return the consumer groups of all routes, with all that was said of each, in the order of their names."""
         return tuple(self._groups[name] for name in sorted(self._groups))
 
+    def forgets(self, group: str) -> bool:
+        """Return whether *group* was declared with `keep_history=False`."""
+        declared = self._groups.get(group)
+        return declared is not None and declared.keep_history is False
+
     def handlers_for(self, event_type: str, group: str = DEFAULT_GROUP) -> tuple[Handler, ...]:
         """Return the handlers of *group* for events of type *event_type*, in the order of registration."""
         resolved = self._resolved.get((event_type, group))

@@ -299,10 +299,15 @@ class EventSystem:
             self._holdings,
             self._settled,
             self._loops["acknowledge"],
+            forgets=self._router.forgets,
         )
         rng = SystemRandom()
         transactions = Transactions(
-            guard_engine(handlers), statements, isolation_level=options.isolation_level, rng=rng
+            guard_engine(handlers),
+            statements,
+            isolation_level=options.isolation_level,
+            rng=rng,
+            forgets=self._router.forgets,
         )
         dispatcher = Dispatcher(
             self._router,

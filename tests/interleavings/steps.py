@@ -9,6 +9,7 @@ from typing import Any, Final
 from pgebus import operations, publish_event
 from pgebus._runtime.leases import Lane, Lease, Place
 from pgebus._runtime.pruning import BEGINNING
+from pgebus._runtime.store import Store
 from pgebus.session import GuardedSession
 from tests.interleavings.parties import Party, Step
 
@@ -116,6 +117,14 @@ async def _prune(party: Party) -> int:
 
 async def _beat(party: Party) -> bool:
     return bool(await party.line.fetch(party.statements.beat, party.worker_id))
+
+
+async def backfill_once(store: Store) -> tuple[int, int | None, int | None]:
+    """Give the one pattern that is new the events that it lacks; return what `backfill()` does."""
+    (new,) = await store.backfills()
+    done = await store.backfill(new, new.since, 100, 100)
+    assert done is not None
+    return done
 
 
 BEAT: Final = Step("beat", _beat)

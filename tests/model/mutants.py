@@ -60,8 +60,8 @@ class NoTransaction(Mutant):
             def begin(isolation_level: str, marker: str) -> str:
                 return f"SET pgebus.tx = '{marker}'"
 
-            def end(self, *args: Any) -> str:
-                return Statements.end(self, *args).replace("COMMIT", "BEGIN; COMMIT")
+            def end(self, *args: Any, **options: Any) -> str:
+                return Statements.end(self, *args, **options).replace("COMMIT", "BEGIN; COMMIT")
 
         database.statements.__class__ = Loose
 
@@ -83,7 +83,12 @@ MUTANTS: Final = (
     Mutant("a batch is completed whatever its claim_seq", ("complete", "complete_keyed"), SEQ_IN_HELD, ""),
     Mutant("complete() does not ask for the claim_seq", ("complete()",), "d.claim_seq = p_claim_seq AND ", ""),
     Mutant("complete() does not ask for the worker", ("complete()",), " AND d.worker_id = p_worker_id", ""),
-    Mutant("complete() does not say that the lease is lost", ("complete()",), "IF NOT FOUND THEN", "IF false THEN"),
+    Mutant(
+        "complete() does not say that the lease is lost",
+        ("complete()",),
+        "IF NOT FOUND THEN\n    RAISE",
+        "IF false THEN\n    RAISE",
+    ),
     Mutant("the attempt is not charged at the claim", CLAIMS, _CHARGE, "attempt = d.attempt"),
     Mutant(
         "the claim_seq stays at a claim", CLAIMS, "claim_seq = d.claim_seq + 1", "claim_seq = greatest(d.claim_seq, 1)"

@@ -24,6 +24,11 @@ BUGS: Final = (
                 "AND d.claim_seq = p_claim_seq AND d.worker_id = p_worker_id AND d.status = 'running'",
                 "AND d.status = 'running'",
             ),
+            Edit(
+                SCHEMA,
+                " AND d.claim_seq = p_claim_seq\n      AND d.worker_id = p_worker_id AND d.status = 'running'",
+                "\n      AND d.status = 'running'",
+            ),
         ),
         {
             "unit": (UNIT + "test_statements.py",),

@@ -212,7 +212,7 @@ BREAKS: list[tuple[str, list[str]]] = [
         "DROP FUNCTION pgebus.complete",
         [
             "function complete(p_event_id bigint, p_group text, p_claim_seq integer, p_worker_id bigint, "
-            "p_marker text): missing"
+            "p_marker text, p_forget boolean): missing"
         ],
     ),
     ("DROP FUNCTION pgebus.schema_version", ["function schema_version(): missing"]),

@@ -71,7 +71,13 @@ CASES: Final = {
     "adopt": Case(STATEMENTS.adopt, "1, 'events', 'default', 'a.b', 100", 4_000),
     "sweep": Case(STATEMENTS.sweep, "'', '', '', 5000", 300),
     "let_go": Case(STATEMENTS.let_go, "", 100),
-    "backfill": Case(STATEMENTS.backfill, "'events', 'billing', 'a.#', 0, 1000000, 100", 8_000),
+    "forget": Case(STATEMENTS.forget, _LEASES, 4_000),
+    "forget_keyed": Case(STATEMENTS.forget_keyed, _LEASES, 4_000),
+    "backfill": Case(
+        STATEMENTS.backfill,
+        "'events', 'billing', 'a.#', 0, 1000000, 100, '2030-01-01 00:00:00+00'",
+        8_000,
+    ),
     # From the middle of the history: what lies before is not walked again.
     "finished": Case(
         STATEMENTS.finished,
@@ -113,6 +119,9 @@ async def test_a_hot_statement_touches_a_bounded_number_of_buffers(sql: Sql, kno
     await sql.execute(f"SET plan_cache_mode = {mode}; SET session_replication_role = replica; {PLANNER}")
     await subscribe(sql, "default", "a.b", "a.c")
     await subscribe(sql, "billing", "a.#")
+    # The one is up to date, the other one is not.
+    await sql.execute("UPDATE pgebus.subscriptions SET backfilled_at = now() WHERE consumer_group = 'default'")
+    await sql.execute("UPDATE pgebus.subscriptions SET created_at = '2030-01-01 00:00:00+00' WHERE pattern = 'a.#'")
     if known == "that the tables are empty":
         await sql.execute("VACUUM ANALYZE pgebus.events")
         await sql.execute("VACUUM ANALYZE pgebus.deliveries")

@@ -263,9 +263,9 @@ def _hooks(stage: Stage, *, returns_late: bool) -> Iterator[None]:
         stage.reached("transaction about to begin")
         return begin(*args)
 
-    def end_(self: Statements, *args: Any) -> str:
+    def end_(self: Statements, *args: Any, **options: Any) -> str:
         stage.reached("handlers returned")
-        return end(self, *args)
+        return end(self, *args, **options)
 
     async def take_lock_(self: Listener, raw: asyncpg.Connection[asyncpg.Record]) -> None:
         if returns_late and self._presence.worker_id is not None:

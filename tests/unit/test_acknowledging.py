@@ -60,6 +60,9 @@ class Ledger(Store):
     async def complete(self, leases: Iterable[Lease]) -> set[tuple[int, str]]:
         return self._write_batch("complete", [lease.fence for lease in leases])
 
+    async def forget(self, leases: Iterable[Lease]) -> set[tuple[int, str]]:
+        return self._write_batch("forget", [lease.fence for lease in leases])
+
     async def release(self, fences: Iterable[Fence]) -> set[tuple[int, str]]:
         return self._write_batch("release", list(fences))
 
@@ -106,11 +109,13 @@ class Desk:
         self.holdings = Holdings()
         self.settled: list[float | None] = []
         self.health = Pulse("acknowledge")
-        self.acknowledger = Acknowledger(self.store, self.holdings, self.settled.append, self.health)
+        self.acknowledger = Acknowledger(
+            self.store, self.holdings, self.settled.append, self.health, forgets="brief".__eq__
+        )
 
-    def put(self, event_id: int, outcome: Outcome, *, keyed: bool = False) -> Lease:
+    def put(self, event_id: int, outcome: Outcome, *, keyed: bool = False, group: str = "default") -> Lease:
         lease = Lease(
-            fence=Fence(event_id, "default", 1, 77),
+            fence=Fence(event_id, group, 1, 77),
             type="order.placed",
             keyed=keyed,
             attempt=1,
@@ -401,3 +406,15 @@ async def test_a_row_that_was_locked_by_whoever_took_it_away_is_lost(
     assert desk.store.written == []
     assert desk.held == set()
     assert len(ours(caplog, logging.WARNING)) == 1
+
+
+async def test_what_keeps_no_history_is_written_apart_from_what_does() -> None:
+    desk = Desk()
+    for event_id in range(1, 7):
+        desk.put(event_id, Release() if event_id > 4 else Complete(), group="brief" if event_id % 2 else "default")
+    async with desk.runs():
+        assert await desk.acknowledger.drained(5.0)
+    assert desk.store.written == [
+        ("forget", 1), ("forget", 3), ("complete", 2), ("complete", 4), ("release", 5), ("release", 6),
+    ]  # fmt: skip
+    assert desk.held == set()

@@ -89,7 +89,7 @@ SIGNATURES = {
     "add_publish_middleware": "(function)",
     "remove_publish_middleware": "(function)",
     "EventContext.publish": "(self, event_type, payload, channel=None, run_at=None, **options)",
-    "Group": "(name, start=None, max_running=None, per_process=None, dead_holds_key=None)",
+    "Group": "(name, start=None, max_running=None, per_process=None, dead_holds_key=None, keep_history=None)",
     "EventSystem": "(router, settings, *, redact=None)",
     "EventSystem.start": "(self)",
     "EventSystem.stop": "(self, wait_for_completion=True, timeout=30.0)",

@@ -386,12 +386,27 @@ def test_what_is_no_group_is_refused(group: Any) -> None:
         {"start": "soon"}, {"start": 1}, {"start": datetime(2030, 1, 1)},  # noqa: DTZ001 - that is what is refused
         {"max_running": 0}, {"max_running": True},
         {"max_running": 1.5}, {"max_running": 2**31}, {"dead_holds_key": 1}, {"dead_holds_key": "yes"},
+        {"keep_history": 0}, {"keep_history": "no"},
     ],
     ids=str,
 )  # fmt: skip
 def test_options_that_no_group_can_have_are_refused(options: Any) -> None:
     with pytest.raises(ConfigurationError):
         Group("g", **options)
+
+
+def test_a_group_forgets_only_where_it_was_said_so() -> None:
+    router, below = EventRouter(), EventRouter()
+    router.on("a", group=Group("forgets", keep_history=False))(handle)
+    router.on("a", group=Group("keeps", keep_history=True))(handle)
+    router.on("a", group="silent")(handle)
+    below.on("b", group="late")(handle)
+    assert [name for name in ("forgets", "keeps", "silent", "late", "unknown") if router.forgets(name)] == ["forgets"]
+    below.on("c", group=Group("late", keep_history=False))(handle)
+    router.include_router(below)
+    assert router.forgets("late")
+    with pytest.raises(ConfigurationError, match="keep_history"):
+        router.on("d", group=Group("late", keep_history=True))(handle)
 
 
 def test_a_full_path_has_a_limit_too() -> None:

@@ -25,7 +25,8 @@ every_statement = pytest.mark.parametrize("name", texts(PLAIN))
 
 # What finishes a running delivery, or gives it back, in the name of the worker that claimed it.
 ONE_AT_A_TIME = ("reschedule", "bury", "unhandle")
-IN_BATCHES = ("complete", "complete_keyed", "release")
+IN_BATCHES = ("complete", "complete_keyed", "forget", "forget_keyed", "release")
+FORGETTING = ("forget", "forget_keyed")
 
 
 @every_statement
@@ -61,7 +62,7 @@ def common_tables(text: str) -> dict[str, tuple[str, str]]:
 @every_statement
 def test_what_locks_or_tells_somebody_is_done_once(name: str) -> None:
     """A CTE that PostgreSQL may inline may be run once for each row of another table, or not at all."""
-    effects = re.compile(r"\bFOR (?:NO KEY )?UPDATE|\bFOR KEY SHARE|pg_notify\(|pg_try_advisory")
+    effects = re.compile(r"\bFOR (?:NO KEY )?UPDATE|\bFOR (?:KEY )?SHARE|pg_notify\(|pg_try_advisory")
     for cte, (how, body) in common_tables(flat(texts(PLAIN)[name])).items():
         if not body.startswith(("UPDATE", "DELETE", "INSERT")) and effects.search(body):
             assert how == "MATERIALIZED", cte
@@ -96,6 +97,10 @@ def test_a_write_on_many_deliveries_carries_the_fence_of_each(name: str) -> None
     assert text.count("FOR UPDATE SKIP LOCKED) h") == 1
     assert text.count('UPDATE "pgebus".deliveries d ') == 1
     assert text.count("FROM held WHERE d.ctid = held.place") == 1
+    deletion = 'DELETE FROM "pgebus".deliveries d USING held WHERE d.ctid = held.place AND held.forgettable RETURNING'
+    assert text.count('DELETE FROM "pgebus".deliveries') == text.count(deletion) == int(name in FORGETTING)
+    if name in FORGETTING:  # each of them is either deleted or kept
+        assert "FROM held WHERE d.ctid = held.place AND NOT held.forgettable RETURNING" in text
 
 
 @every_statement
@@ -118,9 +123,15 @@ def test_nothing_else_writes_on_a_running_delivery(name: str) -> None:
     }
     if 'UPDATE "pgebus".deliveries' in text and name not in ONE_AT_A_TIME + IN_BATCHES:
         assert allowed[name] in text
+    deletes = {
+        "backfill": "WHERE d.ctid = x.place AND d.status = 'unhandled'",
+        "delete_ripe": "USING locked WHERE locked.event IS NULL AND d.ctid = locked.place",
+    }
+    if 'DELETE FROM "pgebus".deliveries' in text and name not in FORGETTING:
+        assert text.count('DELETE FROM "pgebus".deliveries') == text.count(deletes[name]) == 1
 
 
-@pytest.mark.parametrize("name", ["bury", "complete_keyed", "unhandle"])
+@pytest.mark.parametrize("name", ["bury", "complete_keyed", "forget_keyed", "unhandle"])
 def test_whoever_leaves_the_head_of_a_key_lets_only_a_waiting_one_in(name: str) -> None:
     text = flat(texts(PLAIN)[name])
     heir = (
@@ -253,6 +264,8 @@ def test_end_quotes_everything(schema: str, text: str) -> None:
     statements = Statements(schema)
     for of_group, (group, marker) in [(True, (text, "m")), (False, ("g", text))]:
         message = statements.end(12, group, 3, 45, marker)
+        # Of five arguments, where there is nothing to forget.
+        assert statements.end(12, group, 3, 45, marker, forget=True) == message[: -len("); COMMIT")] + ", true); COMMIT"
         # A handler may have taken another role; the completion is the worker's.
         head, tail = f"RESET ROLE; SELECT {quote_identifier(schema)}.complete(12, ", "); COMMIT"
         assert message.startswith(head)

@@ -59,15 +59,23 @@ class Acknowledger:
         holdings: The leases that are held; one leaves when its outcome is written.
         settled: Called after each write with the seconds after which one of the deliveries is due again, or None.
         health: Told when a write worked.
+        forgets: Returns whether a group keeps no history.
     """
 
     def __init__(
-        self, store: Store, holdings: Holdings, settled: Callable[[float | None], None], health: Pulse
+        self,
+        store: Store,
+        holdings: Holdings,
+        settled: Callable[[float | None], None],
+        health: Pulse,
+        *,
+        forgets: Callable[[str], bool] = lambda _group: False,
     ) -> None:
         self._store = store
         self._holdings = holdings
         self._settled = settled
         self._health = health
+        self._forgets = forgets
         self._waiting: list[tuple[Lease, Outcome]] = []
         self._arrived = asyncio.Event()
         self._empty = asyncio.Event()
@@ -144,14 +152,18 @@ class Acknowledger:
         lease, outcome = batch[0]
         worker_id = lease.fence.worker_id
         if isinstance(outcome, (Complete, Release)):
-            kind, alike, others = type(outcome), list[tuple[Lease, Outcome]](), list[tuple[Lease, Outcome]]()
+            kind, forget = type(outcome), isinstance(outcome, Complete) and self._forgets(lease.fence.group)
+            alike, others = list[tuple[Lease, Outcome]](), list[tuple[Lease, Outcome]]()
             for item in batch:
-                (alike if type(item[1]) is kind and item[0].fence.worker_id == worker_id else others).append(item)
+                fence, similar = item[0].fence, type(item[1]) is kind
+                if similar and kind is Complete:
+                    similar = self._forgets(fence.group) == forget
+                (alike if similar and fence.worker_id == worker_id else others).append(item)
             if self._refusals:  # what was refused once goes alone, or a whole batch would be blamed for one row
                 alike, others = batch[:1], batch[1:]
             leases = [each for each, _ in alike]
             if isinstance(outcome, Complete):
-                kept = await self._store.complete(leases)
+                kept = await (self._store.forget if forget else self._store.complete)(leases)
                 again: float | None = None
             else:
                 kept = await self._store.release(lease.fence for lease in leases)

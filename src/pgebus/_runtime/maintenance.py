@@ -134,7 +134,10 @@ class Backfiller:
         last = await self._store.last_event_id()
         while True:
             above = self._reached.get(what, what.since)
-            made, reached, missed = await self._store.backfill(what, above, last, BACKFILL_BATCH)
+            looked = await self._store.backfill(what, above, last, BACKFILL_BATCH)
+            if looked is None:
+                return  # whether it is still to be done is asked again in the next round
+            made, reached, missed = looked
             if made:
                 self._look()
             if reached is None:

@@ -13,7 +13,7 @@ from typing import Final
 
 from pgebus.models import BEAT_ABSENT_SECONDS
 from pgebus.names import quote_identifier, quote_literal
-from pgebus.operations._statements import KEPT_ERRORS, NOT_PURGED
+from pgebus.operations._statements import KEPT_ERRORS, NOT_PURGED, UNUSED_CLAIM_SEQ
 from pgebus.operations.pruning import NUMBERED, delete_ripe, lock_ripe
 
 # How long after its last declaration a pattern counts as handled by somebody; running processes renew it each minute.
@@ -70,14 +70,44 @@ class Statements:
         # Rows of several leases, locked in one order so that two batches can't deadlock. A row that somebody has locked
         # by hand must not hold up the others.
         # $1 event ids, $2 groups, $3 claim_seqs, sorted by (event, group); $4 worker.
-        held = f"""held AS MATERIALIZED (
-  SELECT h.place FROM unnest($1::bigint[], $2::text[], $3::integer[]) u(event_id, consumer_group, claim_seq)
+        def hold(more: str = "") -> str:
+            return f"""held AS MATERIALIZED (
+  SELECT h.* FROM unnest($1::bigint[], $2::text[], $3::integer[]) u(event_id, consumer_group, claim_seq)
   CROSS JOIN LATERAL (
-    SELECT d.ctid AS place FROM {s}.deliveries d
+    SELECT d.ctid AS place{more} FROM {s}.deliveries d
     WHERE d.event_id = u.event_id AND d.consumer_group = u.consumer_group AND d.claim_seq = u.claim_seq
       AND d.worker_id = $4::bigint AND d.status = 'running'
     ORDER BY d.event_id LIMIT 1 FOR UPDATE SKIP LOCKED) h
 )"""
+
+        held = hold()
+
+        # Whether pattern `of` matches a type.
+        def matches(of: str, event_type: str) -> str:
+            return f"""({of}.pattern = {event_type} OR (starts_with({event_type} || '.', {of}.prefix)
+      AND ({of}.regex IS NULL OR {event_type} || '.' ~ {of}.regex)))"""
+
+        # A group that keeps no history has its completed deliveries deleted: those that no backfill can make again.
+        #
+        # R1, here: nothing of the group is still to be backfilled, and a backfilled pattern covers the event, which
+        # means that it gets it whether or not it was there when the event was published. Anything else is kept.
+        # R2, in the backfill of a pattern: what another pattern covers is left out. Its delivery was made through that
+        # one, by the trigger or by a backfill; where there is a row, it would have been in the way just as well.
+        #
+        # So a backfill that could repeat what was deleted is one of a pattern that the completion did not see, or that
+        # it saw backfilled. Of the first its subscription was committed after the snapshot of the completion, and each
+        # statement of its backfill has a newer one: that sees the pattern by which the event was covered, and leaves
+        # the event out. The second has nothing more to do; a worker that does not know that yet finds out, because
+        # the backfill locks the subscription, and nobody says that it is backfilled before that lock is gone.
+        # What breaks it is a person who removes the pattern that covered the event, and so what was known of it.
+        forgettable = f"""(
+      SELECT k.pattern FROM {s}.subscriptions k
+      WHERE k.channel = d.channel AND k.consumer_group = d.consumer_group AND k.backfilled_at IS NULL LIMIT 1) IS NULL
+    AND (
+      SELECT k.pattern FROM {s}.subscriptions k
+      WHERE k.channel = d.channel AND k.consumer_group = d.consumer_group AND k.since_event_id < d.event_id
+        AND {matches("k", "d.type")} AND (k.start_at IS NULL OR k.start_at = '-infinity' OR k.start_at <= (
+          SELECT e.created_at FROM {s}.events e WHERE e.id = d.event_id ORDER BY e.id LIMIT 1)) LIMIT 1) IS NOT NULL"""
 
         # The same for one lease: $1 to $4 its fence.
         fence = f"""d.ctid = (
@@ -214,6 +244,28 @@ WITH {held}, done AS (
   RETURNING d.event_id, d.channel, d.consumer_group, d.key, d.key IS NOT NULL AS promotes
 ), {promoted}
 SELECT done.event_id, done.consumer_group FROM done, (SELECT count(*) FROM told) told_count"""
+
+        # The two for groups that keep no history. A batch may hold what can be deleted and what has to be kept.
+        def forget(returned: str, rest: str) -> str:
+            return f"""
+WITH {hold(f", {forgettable} AS forgettable")}, gone AS (
+  DELETE FROM {s}.deliveries d USING held WHERE d.ctid = held.place AND held.forgettable
+  RETURNING {returned}
+), kept AS (
+  UPDATE {s}.deliveries d
+  SET status = 'completed', worker_id = NULL, claimed_at = NULL, finished_at = clock_timestamp()
+  FROM held WHERE d.ctid = held.place AND NOT held.forgettable
+  RETURNING {returned}
+), done AS (SELECT * FROM gone UNION ALL SELECT * FROM kept){rest}"""
+
+        self.forget: Final = forget(
+            "d.event_id, d.consumer_group", "\nSELECT done.event_id, done.consumer_group FROM done"
+        )
+        self.forget_keyed: Final = forget(
+            "d.event_id, d.channel, d.consumer_group, d.key, d.key IS NOT NULL AS promotes",
+            f""", {promoted}
+SELECT done.event_id, done.consumer_group FROM done, (SELECT count(*) FROM told) told_count""",
+        )
 
         # Pending again: $1 to $4 fence, $5 error or NULL, $6 delay in seconds, $7 attempts to give back, $8 handled.
         # The key stays with it. Sleepers are told the time, as the trigger tells them.
@@ -510,18 +562,25 @@ UNION ALL SELECT p.gid, true FROM pg_catalog.pg_prepared_xacts p WHERE p.databas
         # $1 channel, $2 group, $3 pattern, $4 above this id, $5 up to this one, $6 how many events to look at. An event
         # is locked, so that it cannot be pruned meanwhile; one that somebody else has locked is `missed`, and looked at
         # again. What was unhandled, because nobody wanted it, is not any more, now that somebody does. What was emptied
-        # is never handled again.
+        # is never handled again; and what another pattern of the group covers is there already, or was: see
+        # `forgettable`. The subscription, $7 when it was made, is locked, so that nobody says meanwhile that it is
+        # done; one that is done, gone or locked is not `there`.
         self.backfill: Final = f"""
 WITH mine AS MATERIALIZED (
   SELECT k.pattern, k.prefix, k.regex, coalesce(k.start_at, '-infinity') AS start_at FROM {s}.subscriptions k
-  WHERE k.channel = $1::text AND k.consumer_group = $2::text AND k.pattern = $3::text
+  WHERE k.channel = $1::text AND k.consumer_group = $2::text AND k.pattern = $3::text AND k.backfilled_at IS NULL
+    AND k.created_at = $7::text::timestamptz FOR SHARE SKIP LOCKED
 ), looked AS MATERIALIZED (
   SELECT e.id, e.channel, e.type, e.created_at, {NOT_PURGED} AS kept FROM {s}.events e
   WHERE e.id > $4::bigint AND e.id <= $5::bigint ORDER BY e.id LIMIT $6::integer
 ), wanted AS MATERIALIZED (
   SELECT l.id FROM looked l
-  WHERE l.channel = $1 AND l.kept AND (SELECT true FROM mine k WHERE l.created_at >= k.start_at AND (k.pattern = l.type
-    OR (starts_with(l.type || '.', k.prefix) AND (k.regex IS NULL OR l.type || '.' ~ k.regex))))
+  WHERE l.channel = $1 AND l.kept
+    AND (SELECT true FROM mine k WHERE l.created_at >= k.start_at AND {matches("k", "l.type")})
+    AND (SELECT true FROM {s}.subscriptions o
+      WHERE o.channel = $1 AND o.consumer_group = $2 AND o.pattern <> $3 AND o.backfilled_at IS NOT NULL
+        AND o.since_event_id < l.id AND l.created_at >= coalesce(o.start_at, '-infinity')
+        AND {matches("o", "l.type")} LIMIT 1) IS NULL
 ), found AS MATERIALIZED (
   -- one by one, as in a claim. Nothing here joins two of these lists, which the planner takes for short
   SELECT f.* FROM wanted w CROSS JOIN LATERAL (
@@ -534,8 +593,8 @@ WITH mine AS MATERIALIZED (
                    THEN 'pending' ELSE 'blocked' END AS status
   FROM found f
 ), made AS (
-  INSERT INTO {s}.deliveries (event_id, due_at, priority, channel, consumer_group, type, key, status)
-  SELECT p.id, p.run_at, p.priority, p.channel, p.consumer_group, p.type, p.key, p.status
+  INSERT INTO {s}.deliveries (event_id, due_at, priority, channel, consumer_group, type, key, status, claim_seq)
+  SELECT p.id, p.run_at, p.priority, p.channel, p.consumer_group, p.type, p.key, p.status, {UNUSED_CLAIM_SEQ}
   FROM placed p ON CONFLICT DO NOTHING RETURNING event_id
 ), revived AS (
   -- what the removal of the group had cancelled before it was declared again, not what was cancelled since
@@ -562,11 +621,12 @@ WITH mine AS MATERIALIZED (
   SELECT pg_notify($1, '') WHERE EXISTS (SELECT FROM made) OR EXISTS (SELECT FROM revived)
 )
 SELECT (SELECT count(*) FROM made) + (SELECT count(*) FROM revived) AS made, (SELECT max(id) FROM looked) AS reached,
-       (SELECT id FROM missed) AS missed, (SELECT count(*) FROM told) AS told"""
+       (SELECT id FROM missed) AS missed, EXISTS (SELECT FROM mine) AS there, (SELECT count(*) FROM told) AS told"""
         self.backfilled: Final = f"""
 WITH done AS (
   UPDATE {s}.subscriptions k SET backfilled_at = now()
   WHERE k.channel = $1::text AND k.consumer_group = $2::text AND k.pattern = $3::text
+    AND k.created_at = $4::text::timestamptz
 ), told AS MATERIALIZED (SELECT pg_notify($1::text, ''))
 SELECT count(*) FROM told"""
 
@@ -682,13 +742,17 @@ WHERE n.nspname = $1::text AND c.relname = 'events' AND a.attnum > 0 AND NOT a.a
         """Return the message that opens the handlers' transaction; *marker* dies with any COMMIT or ROLLBACK."""
         return f"BEGIN ISOLATION LEVEL {isolation_level} READ WRITE; SET LOCAL pgebus.tx = {quote_literal(marker)}"
 
-    def end(self, event_id: int, group: str, claim_seq: int, worker_id: int, marker: str) -> str:
+    def end(
+        self, event_id: int, group: str, claim_seq: int, worker_id: int, marker: str, *, forget: bool = False
+    ) -> str:
         """Return the message that completes a delivery and commits: all of it, or nothing.
+
+        With *forget* the delivery is deleted, where that cannot repeat it.
 
         One message, so no second round trip; the simple protocol that allows it knows no parameters.
         """
         return (
             # A handler may have taken another role for its statements; the completion is ours.
             f"RESET ROLE; SELECT {quote_identifier(self.schema)}.complete({event_id:d}, {quote_literal(group)}, "
-            f"{claim_seq:d}, {worker_id:d}, {quote_literal(marker)}); COMMIT"
+            f"{claim_seq:d}, {worker_id:d}, {quote_literal(marker)}{', true' if forget else ''}); COMMIT"
         )

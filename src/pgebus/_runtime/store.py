@@ -287,6 +287,13 @@ class Store:
         sql = self._sql.complete_keyed if keyed else self._sql.complete
         return await self._batch(sql, [lease.fence for lease in batch])
 
+    async def forget(self, leases: Iterable[Lease]) -> set[tuple[int, str]]:
+        """Complete *leases* of groups that keep no history: delete them, but for what a backfill might make again."""
+        batch = list(leases)
+        keyed = any(lease.keyed for lease in batch)
+        sql = self._sql.forget_keyed if keyed else self._sql.forget
+        return await self._batch(sql, [lease.fence for lease in batch])
+
     async def release(self, fences: Iterable[Fence]) -> set[tuple[int, str]]:
         """Give leases of one worker back, uncounted; return (event id, group) of those whose fence held."""
         return await self._batch(self._sql.release, list(fences))
@@ -362,19 +369,23 @@ class Store:
         """Return the highest id of an event that is there."""
         return int(await self._line.value(self._sql.last_event_id))
 
-    async def backfill(self, what: Backfill, above: int, up_to: int, limit: int) -> tuple[int, int | None, int | None]:
+    async def backfill(
+        self, what: Backfill, above: int, up_to: int, limit: int
+    ) -> tuple[int, int | None, int | None] | None:
         """Make the deliveries that up to *limit* events above an id lack.
 
         Returns:
             How many deliveries; the id of the last event that was looked at, None when there was none; and the first
-            id that has to be looked at again, because somebody had locked the event.
+            id that has to be looked at again, because somebody had locked the event. None, and nothing was done, where
+            the pattern is not to be backfilled any more, or somebody has locked it.
         """
-        row = (await self._line.fetch(self._sql.backfill, self._channel, *what[:2], above, up_to, limit))[0]
-        return row["made"], row["reached"], row["missed"]
+        arguments = self._channel, what.group, what.pattern, above, up_to, limit, what.created
+        row = (await self._line.fetch(self._sql.backfill, *arguments))[0]
+        return (row["made"], row["reached"], row["missed"]) if row["there"] else None
 
     async def backfilled(self, what: Backfill) -> None:
         """Say that a pattern has got its earlier events."""
-        await self._line.fetch(self._sql.backfilled, self._channel, what.group, what.pattern)
+        await self._line.fetch(self._sql.backfilled, self._channel, what.group, what.pattern, what.created)
 
     async def sweep(self, behind: KeyPlace, limit: int) -> tuple[int, KeyPlace | None]:
         """Promote keys that lost their head unseen, looking at up to *limit* keys behind a place.

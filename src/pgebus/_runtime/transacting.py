@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Final
@@ -74,13 +74,23 @@ class Transactions:
         statements: The statements for the schema.
         isolation_level: Of the transactions.
         rng: Makes the markers.
+        forgets: Returns whether a group keeps no history.
     """
 
-    def __init__(self, engine: AsyncEngine, statements: Statements, *, isolation_level: str, rng: Random) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        statements: Statements,
+        *,
+        isolation_level: str,
+        rng: Random,
+        forgets: Callable[[str], bool] = lambda _group: False,
+    ) -> None:
         self._engine = engine
         self._sql = statements
         self._isolation_level = isolation_level
         self._rng = rng
+        self._forgets = forgets
         self._idle: list[Transaction] = []
         self._begun: dict[Lease, Transaction] = {}
 
@@ -130,7 +140,8 @@ class Transactions:
         Raises:
             asyncpg.PostgresError: If nothing was committed, or nobody knows; `faults` has the states of ours.
         """
-        message = self._sql.end(*lease.fence, transaction.marker)
+        forget = self._forgets(lease.fence.group)
+        message = self._sql.end(*lease.fence, transaction.marker, forget=forget)
         begin = marker = ""
         if following is not None and not transaction.spoilt:
             begin, marker = self._begin(following)

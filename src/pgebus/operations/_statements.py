@@ -24,6 +24,11 @@ KEPT_ERRORS: Final = 5
 PURGED_AT: Final = "pgebus_purged_at"
 NOT_PURGED: Final = f"(e.headers ->> '{PURGED_AT}') IS NULL"
 
+# What the claims of a delivery are counted from that is made after its event was published. There may have been one
+# before, of a group that keeps no history; it was counted from 0. A worker that is not done with that one would else
+# hold the fence of this one as soon as it has claimed it. Below 2**30, and so with room for as many claims.
+UNUSED_CLAIM_SEQ: Final = "CAST(1000000 + floor(random() * 1000000000) AS integer)"
+
 
 async def schema_of(session: AsyncSession) -> str:
     """Return the quoted name of our schema, for text(); what waits in the session is flushed.

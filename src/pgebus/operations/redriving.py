@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from pgebus.groups import DEFAULT_GROUP, check_group_name
 from pgebus.names import check_channel
-from pgebus.operations._statements import NOT_PURGED, entry, fetch, promote, schema_of, told
+from pgebus.operations._statements import NOT_PURGED, UNUSED_CLAIM_SEQ, entry, fetch, promote, schema_of, told
 from pgebus.operations.groups import require_group
 from pgebus.operations.selection import (
     Changed,
@@ -228,9 +228,9 @@ WITH found AS MATERIALIZED (
   FROM locked WHERE d.ctid = locked.place AND d.status IN {_FINISHED}
   RETURNING d.event_id, d.consumer_group, locked.was, d.channel, d.key
 ), made AS (
-  INSERT INTO {s}.deliveries (event_id, due_at, priority, channel, consumer_group, type, key, status)
+  INSERT INTO {s}.deliveries (event_id, due_at, priority, channel, consumer_group, type, key, status, claim_seq)
   SELECT f.id, f.run_at, f.priority, f.channel, CAST(:group AS text), f.type, f.key,
-         CASE WHEN f.key IS NULL THEN 'pending' ELSE 'blocked' END
+         CASE WHEN f.key IS NULL THEN 'pending' ELSE 'blocked' END, {UNUSED_CLAIM_SEQ}
   FROM found f WHERE f.was IS NULL ORDER BY f.id ON CONFLICT DO NOTHING
   RETURNING event_id, consumer_group, channel, key
 ), {"" if of_default else f"unwanted AS ({unwanted}), "}done AS (

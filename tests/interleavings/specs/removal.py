@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import timedelta
 
 from pgebus import operations
-from pgebus._runtime.store import Backfill
 from tests.interleavings.parties import Party, Step
 from tests.interleavings.races import race
 from tests.interleavings.scene import Scene
@@ -23,6 +22,7 @@ from tests.interleavings.steps import (
     REDRIVE,
     REPLAY,
     ROLLBACK,
+    backfill_once,
     by_hand,
     claim,
     operation,
@@ -192,7 +192,8 @@ async def _replay(party: Party) -> int:
 
 async def _revive(party: Party) -> int:
     """A group that was removed and is there again gets back what was cancelled."""
-    return (await party.store.backfill(Backfill("g", "#", 0, ""), 0, 100, 100))[0]
+    made, _, _ = await backfill_once(party.store)
+    return made
 
 
 def _while_pruning(prune: Step, put_back: Step, status: str) -> Spec:
@@ -203,6 +204,7 @@ def _while_pruning(prune: Step, put_back: Step, status: str) -> Spec:
         await scene.sql.execute(
             "UPDATE pgebus.deliveries SET status = $1, finished_at = now() - interval '1 hour'", status
         )
+        await scene.sql.execute("UPDATE pgebus.subscriptions SET backfilled_at = NULL")
 
     async def outcome(scene: Scene) -> str:
         put_back, pruned = scene.result("person.put back"), scene.result("maintainer.prune")
@@ -317,13 +319,13 @@ def backfill_and_delete(_level: str) -> Spec:
         await scene.sql.execute("UPDATE pgebus.subscriptions SET backfilled_at = NULL, start_at = '-infinity'")
 
     async def backfill(party: Party) -> str:
-        made, _, missed = await party.store.backfill(Backfill("new", "#", 0, ""), 0, 100, 100)
+        made, _, missed = await backfill_once(party.store)
         return f"made {made}, missed {missed}"
 
     async def outcome(scene: Scene) -> str:
         # The next round makes up for what was missed.
-        await scene.store.backfill(Backfill("new", "#", 0, ""), 0, 100, 100)
-        await scene.store.backfilled(Backfill("new", "#", 0, ""))
+        await backfill_once(scene.store)
+        await scene.store.backfilled((await scene.store.backfills())[0])
         return f"{scene.result('maintainer.backfill')}: {await scene.rows('consumer_group', 'status')}"
 
     return Spec(

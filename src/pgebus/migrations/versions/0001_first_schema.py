@@ -243,10 +243,12 @@ END $pgebus$
 # The last statement of the handlers' transaction. The marker is a SET LOCAL of that transaction: when it is
 # gone, what the handlers wrote was committed or rolled back behind the guard. A function, because it must be
 # able to fail: a bare UPDATE that finds no row would let the COMMIT behind it, sent in the same message, go
-# through. Nothing is scanned, as in fan_out().
+# through. Nothing is scanned, as in fan_out(). With p_forget the delivery is deleted, unless a backfill might make it
+# again: as long as a pattern of the group has not got its earlier events, or where none that has them covers the event.
 COMPLETE: Final = """
 CREATE FUNCTION {schema}.complete(
-  p_event_id bigint, p_group text, p_claim_seq integer, p_worker_id bigint, p_marker text
+  p_event_id bigint, p_group text, p_claim_seq integer, p_worker_id bigint, p_marker text,
+  p_forget boolean DEFAULT false
 ) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $pgebus$
 DECLARE
   v_channel text COLLATE "C";
@@ -256,11 +258,27 @@ BEGIN
     RAISE EXCEPTION USING ERRCODE = 'PGB02',
       MESSAGE = 'the transaction of the handlers of event ' || p_event_id || ' was ended behind the guard';
   END IF;
-  UPDATE {schema}.deliveries d
-  SET status = 'completed', worker_id = NULL, claimed_at = NULL, finished_at = clock_timestamp()
-  WHERE d.event_id = p_event_id AND d.consumer_group = p_group
-    AND d.claim_seq = p_claim_seq AND d.worker_id = p_worker_id AND d.status = 'running'
-  RETURNING d.channel, d.key INTO v_channel, v_key;
+  IF p_forget THEN
+    DELETE FROM {schema}.deliveries d
+    WHERE d.event_id = p_event_id AND d.consumer_group = p_group AND d.claim_seq = p_claim_seq
+      AND d.worker_id = p_worker_id AND d.status = 'running'
+      AND NOT EXISTS (SELECT FROM {schema}.subscriptions k
+        WHERE k.channel = d.channel AND k.consumer_group = d.consumer_group AND k.backfilled_at IS NULL)
+      AND EXISTS (SELECT FROM {schema}.subscriptions k
+        WHERE k.channel = d.channel AND k.consumer_group = d.consumer_group AND k.since_event_id < d.event_id
+          AND (k.pattern = d.type OR (starts_with(d.type || '.', k.prefix)
+            AND (k.regex IS NULL OR d.type || '.' ~ k.regex)))
+          AND (k.start_at IS NULL OR k.start_at = '-infinity' OR k.start_at <= (
+            SELECT e.created_at FROM {schema}.events e WHERE e.id = d.event_id)))
+    RETURNING d.channel, d.key INTO v_channel, v_key;
+  END IF;
+  IF NOT FOUND THEN
+    UPDATE {schema}.deliveries d
+    SET status = 'completed', worker_id = NULL, claimed_at = NULL, finished_at = clock_timestamp()
+    WHERE d.event_id = p_event_id AND d.consumer_group = p_group
+      AND d.claim_seq = p_claim_seq AND d.worker_id = p_worker_id AND d.status = 'running'
+    RETURNING d.channel, d.key INTO v_channel, v_key;
+  END IF;
   IF NOT FOUND THEN
     RAISE EXCEPTION USING ERRCODE = 'PGB01',
       MESSAGE = 'the lease on event ' || p_event_id || ' is lost';
@@ -312,6 +330,6 @@ def downgrade() -> None:
         "DROP TABLE {schema}.deliveries, {schema}.workers, {schema}.subscriptions, {schema}.consumer_groups,"
         " {schema}.events",
         "DROP FUNCTION {schema}.fan_out(), {schema}.forget(), {schema}.forget_all(), {schema}.schema_version(),"
-        " {schema}.complete(bigint, text, integer, bigint, text)",
+        " {schema}.complete(bigint, text, integer, bigint, text, boolean)",
     )
     drop_schema_if_empty(migration)
