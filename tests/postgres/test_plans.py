@@ -85,6 +85,7 @@ CASES: Final = {
         400,
     ),
     "died": Case(STATEMENTS.died, "60, 0, 100, 'events', 'default'", 100),
+    "bare": Case(STATEMENTS.bare, "60, 100, 100, 'events'", 600),
     "unhandled": Case(STATEMENTS.unhandled, "60, 0, 100, 'events', 'default', 'a.b'", 900),
     "groups_with_unhandled": Case(STATEMENTS.groups_with_unhandled, "'events'", 100),
     "lock_ripe": Case(STATEMENTS.lock_ripe, _OVER, 3_000),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator
+from typing import Any
 
 import asyncpg
 import pytest
@@ -28,6 +29,13 @@ class Watched(Store):
     """Counts which deliveries it has looked at."""
 
     seen: Counter[int]
+    walked: Counter[int]
+
+    async def bare(self, older_than: float, after: int, limit: int) -> list[asyncpg.Record]:
+        rows = await super().bare(older_than, after, limit)
+        assert len(rows) <= limit
+        self.walked.update(row["event_id"] for row in rows)
+        return rows
 
     async def finished(self, older_than: float, after: int, limit: int) -> list[asyncpg.Record]:
         rows = await super().finished(older_than, after, limit)
@@ -41,7 +49,7 @@ async def store(database: DatabaseSettings) -> AsyncIterator[Watched]:
     engine = make_engine(database, isolation_level="AUTOCOMMIT")
     line = Line(engine)
     watched = Watched(line, Statements("pgebus"), "events")
-    watched.seen = Counter()
+    watched.seen, watched.walked = Counter(), Counter()
     yield watched
     await line.close()
     await engine.dispose()
@@ -52,12 +60,12 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pgebus._runtime.pruning.PRUNE_SECONDS", 0.0)
 
 
-async def pruner(store: Store, sql: Sql, retention: Retention, worker_id: int = 5) -> Pruner:
+async def pruner(store: Store, sql: Sql, retention: Retention, worker_id: int = 5, **options: Any) -> Pruner:
     presence = Presence(lambda _: None)
     presence.worker_id = worker_id
     presence.arrive()
     await sql.execute("INSERT INTO pgebus.workers (id, channel) VALUES ($1, 'events')", worker_id)
-    return Pruner(store, presence, retention)
+    return Pruner(store, presence, retention, **options)
 
 
 async def kept(sql: Sql) -> list[int]:
@@ -370,4 +378,76 @@ async def test_a_pass_heeds_who_came_after_it_had_begun(
     await sql.execute("UPDATE pgebus.workers SET ended_at = now() WHERE id = 1")
     for _ in range(5):
         await one.round()
+    assert await kept(sql) == []
+
+
+# Groups that keep no history
+
+
+async def bare(sql: Sql, count: int, *, event_type: str = "a.b", channel: str = "events", **ago: str) -> list[int]:
+    """Publish events whose deliveries are completed and deleted: `created` and `due` are how long ago."""
+    await sql.execute("SET session_replication_role = replica")
+    rows = await sql.fetch(
+        "INSERT INTO pgebus.events (type, channel, created_at, run_at)"
+        " SELECT $1, $2, now() - $3::text::interval, now() - $4::text::interval FROM generate_series(1, $5::int)"
+        " RETURNING id",
+        event_type,
+        channel,
+        ago.get("created", "1 hour"),
+        ago.get("due", "1 hour"),
+        count,
+    )
+    await sql.execute("RESET session_replication_role")
+    return [row["id"] for row in rows]
+
+
+async def test_events_without_a_delivery_go_after_the_retention_of_their_types(store: Watched, sql: Sql) -> None:
+    await bare(sql, 3)
+    await bare(sql, 1, event_type="noise.x", created="10 minutes")
+    stays = await bare(sql, 1, event_type="law.x")
+    stays += await bare(sql, 1, created="10 minutes") + await bare(sql, 1, due="10 minutes")
+    stays += await bare(sql, 1, channel="elsewhere") + [await event_in(sql, "pending"), await event_in(sql, "dead")]
+    retention = Retention(1_800.0, {"law.#": None, "noise.#": 60.0})
+    pruning = await pruner(store, sql, retention)
+    await pruning.round()
+    assert len(await kept(sql)) == len(stays) + 4  # no worker has such a group
+    await sql.execute("INSERT INTO pgebus.workers (id, channel, retention) VALUES (6, 'events', $1::jsonb)",
+                      Retention(1_800.0, {"noise.#": 60.0}, forgets=True).to_json())  # fmt: skip
+    await pruning.round()
+    assert await kept(sql) == stays
+
+
+async def test_a_worker_says_that_it_has_such_a_group_as_soon_as_it_has(store: Watched, sql: Sql) -> None:
+    declared: list[str] = []
+    pruning = await pruner(store, sql, Retention(60.0), forgets=lambda: bool(declared))
+    said = "SELECT retention ? 'forgets' FROM pgebus.workers"
+    await pruning.round()
+    assert await sql.fetchval(said) is False
+    declared.append("brief")
+    await bare(sql, 1)
+    await pruning.round()
+    assert await sql.fetchval(said) is True
+    assert await kept(sql) == []
+
+
+async def test_a_pass_through_the_events_looks_at_each_once(
+    store: Watched, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the hour is over: what has lost its last delivery since then is found. What is young is looked at again."""
+    monkeypatch.setattr("pgebus._runtime.pruning.PRUNE_BATCH", 3)
+    held = [await event_in(sql, "pending") for _ in range(4)]
+    await bare(sql, 4)
+    young = await bare(sql, 5, created="59 seconds")
+    pruning = await pruner(store, sql, Retention(60.0), forgets=lambda: True)
+    for _ in range(2):
+        await pruning.round()
+        assert await kept(sql) == [*held, *young]
+    # The last look may have met those that are young.
+    assert all(store.walked[event_id] == 1 for event_id in held)
+    assert all(store.walked[event_id] <= 4 for event_id in young)
+    await sql.execute("DELETE FROM pgebus.deliveries; UPDATE pgebus.events SET created_at = now() - interval '1 hour'")
+    await pruning.round()
+    assert await kept(sql) == held
+    pruning._whole_at = 0.0
+    await pruning.round()
     assert await kept(sql) == []

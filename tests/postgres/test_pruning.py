@@ -52,3 +52,48 @@ async def test_a_session_that_cannot_look_again_is_refused(level: str, sm: Datab
         with pytest.raises(SessionStateError, match=level):
             await operations.prune(session, timedelta(0))
     assert await kept(sql) == [event_id]
+
+
+async def bare(sql: Sql, *, created: str = "1 hour", due: str = "1 hour", count: int = 1) -> list[int]:
+    """Publish events that groups without history have completed: of so long ago, and due so long ago."""
+    rows = await sql.fetch(
+        "INSERT INTO pgebus.events (type, created_at, run_at)"
+        " SELECT 'a.b', now() - $1::text::interval, now() - $2::text::interval FROM generate_series(1, $3)"
+        " RETURNING id",
+        created,
+        due,
+        count,
+    )
+    ids = [row[0] for row in rows]
+    await sql.execute("DELETE FROM pgebus.deliveries WHERE event_id = ANY ($1)", ids)
+    return ids
+
+
+async def test_an_event_without_a_delivery_goes_when_it_is_old(sm: DatabaseSessionManager, sql: Sql) -> None:
+    """Its time begins when it was published, or due if that was later."""
+    await bare(sql, count=3)
+    young = await bare(sql, created="10 minutes") + await bare(sql, due="10 minutes") + await bare(sql, due="-1 hour")
+    pending = await event_in(sql, "pending")
+    await event_in(sql, "completed")
+    async with sm.session() as session:
+        assert await operations.pruning.count_prunable(session, timedelta(minutes=20)) == 4
+        assert await operations.prune(session, timedelta(minutes=20), limit=3) == 3
+        assert await operations.prune(session, timedelta(minutes=20), limit=3) == 1
+        assert await operations.prune(session, timedelta(minutes=20)) == 0
+        await session.commit()
+    assert await kept(sql) == [*young, pending]
+
+
+async def test_all_events_are_looked_through_until_they_are_young(
+    sm: DatabaseSessionManager, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgebus.operations.pruning._EVENTS_LOOKED_AT", 2)
+    held = [await event_in(sql, "pending") for _ in range(5)]
+    young = await bare(sql, created="1 second")
+    await bare(sql, count=2)
+    young += await bare(sql, created="1 second", count=2)
+    behind = await bare(sql)  # older than what was published before it, as nothing is
+    async with sm.session() as session:
+        assert await operations.prune(session, timedelta(minutes=20)) == 2
+        await session.commit()
+    assert await kept(sql) == [*held, *young, *behind]

@@ -50,9 +50,19 @@ def test_types_that_are_made_up_fill_no_memory(monkeypatch: pytest.MonkeyPatch) 
     assert len(keeping._known) <= 3
 
 
+def test_what_no_release_before_knew_is_written_only_where_it_matters() -> None:
+    assert "forgets" not in Retention(DAY).to_json()
+    assert Keeping([Retention(DAY), Retention(DAY, forgets=True)]).forgets
+    assert not Keeping([Retention(DAY), Retention(DAY)]).forgets
+
+
 @pytest.mark.parametrize(
     "retention",
-    [Retention(), Retention(7 * DAY, {"audit.#": 365 * DAY, "noise.*": 0.0, "law.#": None}, None, 365 * DAY)],
+    [
+        Retention(),
+        Retention(DAY, forgets=True),
+        Retention(7 * DAY, {"audit.#": 365 * DAY, "noise.*": 0.0, "law.#": None}, None, 365 * DAY),
+    ],
 )
 def test_what_is_written_down_is_read_again(retention: Retention) -> None:
     assert Retention.from_json(retention.to_json()) == retention
@@ -70,6 +80,7 @@ def test_what_is_written_down_is_read_again(retention: Retention) -> None:
         '{"default": "7 days", "patterns": {}, "dead": null, "unhandled": null}',
         '{"default": -1, "patterns": {}, "dead": null, "unhandled": null}',
         '{"default": 1, "patterns": {}, "dead": null, "unhandled": null, "cancelled": 3}',
+        '{"default": 1, "patterns": {}, "dead": null, "unhandled": null, "forgets": 1}',
     ],
 )
 def test_what_another_release_may_have_written_is_not_guessed_at(text: str) -> None:

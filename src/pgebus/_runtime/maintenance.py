@@ -195,7 +195,9 @@ class Maintenance:
         self._ask_at = monotonic() + ASK_SECONDS
         self._health = health
         self._backfiller = Backfiller(store, look)
-        self._pruner = Pruner(store, presence, retention)
+        self._pruner = Pruner(
+            store, presence, retention, forgets=lambda: any(router.forgets(group.name) for group in router.groups())
+        )
         self._subscribed_version: int | None = None
         self._subscribe_at = monotonic()
         self._configured = False

@@ -4,6 +4,10 @@ A pass goes through what is finished in the order in which it was finished, and 
 another group still holds, nor at what is kept longer. The next pass goes on where the last one has ended. That is
 enough, because an event can go when the last of its deliveries can, and that one is met at its own place. What it
 cannot know of, such as what was locked, is made up for by a pass from the beginning, once an hour.
+
+A group that keeps no history leaves nothing that could be met. So where a worker has one, there is a pass through the
+events as well, in the order of their ids, for those that no delivery is left of; and an event of which such a delivery
+was the last is found, if not on the way, by the pass from the beginning.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Final, TypeAlias
 
@@ -40,7 +44,7 @@ Look: TypeAlias = Callable[[int, int], Awaitable[list[asyncpg.Record]]]
 
 @dataclass
 class Walk:
-    """One way through the deliveries, in one order.
+    """One way through the deliveries, or through the events, in one order.
 
     Attributes:
         look: Returns what comes behind a place.
@@ -86,16 +90,20 @@ class Pruner:
         store: On the connection of the maintenance.
         presence: Who this worker is.
         retention: What this worker was told.
+        forgets: Returns whether it has a group that keeps no history.
     """
 
-    def __init__(self, store: Store, presence: Presence, retention: Retention) -> None:
+    def __init__(
+        self, store: Store, presence: Presence, retention: Retention, *, forgets: Callable[[], bool] = lambda: False
+    ) -> None:
         self._store = store
         self._presence = presence
         self._retention = retention
-        self._declared: int | None = None
+        self._forgets = forgets
+        self._declared: tuple[int, Retention] | None = None
         self._said: frozenset[str] = frozenset()
         self._keeping = Keeping([retention])
-        self._reached: dict[float, int] = {}
+        self._reached: dict[tuple[str, float], int] = {}
         self._walks: deque[Walk] = deque()
         self._now = 0
         self._next_at = monotonic() + PRUNE_SECONDS
@@ -106,9 +114,10 @@ class Pruner:
     async def round(self) -> None:
         """Say what this worker keeps; and when it is time, go on for a while."""
         worker_id = self._presence.worker_id
-        if worker_id is not None and worker_id != self._declared and self._presence.here:
+        self._retention = replace(self._retention, forgets=self._forgets())
+        if worker_id is not None and (worker_id, self._retention) != self._declared and self._presence.here:
             await self._store.declare_retention(worker_id, self._retention.to_json())
-            self._declared = worker_id
+            self._declared = worker_id, self._retention
         if monotonic() < self._next_at or self._declared is None:
             return
         until = monotonic() + ROUND_SECONDS
@@ -142,16 +151,24 @@ class Pruner:
             await self._look_for_the_kept()
         self._refused.clear()
         self._walks.extend(self._walk_of(term) for term in self._keeping.terms)
+        if self._keeping.forgets:
+            self._walks.extend(self._walk_of_events(term) for term in self._keeping.terms)
         return True
 
     def _walk_of(self, term: float) -> Walk:
         # A transaction may have been long about the commit of what it finished.
-        after = min(self._reached.get(term, BEGINNING), self._now - OVERLAP_MICROSECONDS)
+        after = min(self._reached.get(("finished", term), BEGINNING), self._now - OVERLAP_MICROSECONDS)
 
         async def look(after: int, limit: int) -> list[asyncpg.Record]:
             return await self._store.finished(term, after, limit)
 
         return Walk(look, "finished", term, after)
+
+    def _walk_of_events(self, term: float) -> Walk:
+        async def look(after: int, limit: int) -> list[asyncpg.Record]:
+            return await self._store.bare(term, after, limit)
+
+        return Walk(look, "bare", term, self._reached.get(("bare", term), BEGINNING))
 
     async def _look_for_the_kept(self) -> None:
         """Set out for what is dead or unhandled, too: it is rare, and in no hurry."""
@@ -191,7 +208,7 @@ class Pruner:
         if batch.after is not None:
             walk.after = batch.after
             if walk.term is not None:
-                self._reached[walk.term] = walk.after
+                self._reached[walk.what, walk.term] = walk.after
         return batch.more
 
     async def _look(self, walk: Walk) -> Batch:
@@ -202,8 +219,9 @@ class Pruner:
         return Batch(
             kept,
             {row["event_id"]: row["type"] for row in rows},
-            after=rows[-1]["place"] if rows else None,
-            # Ids grow with time: behind an unhandled one that is young, all are.
+            # What is young is looked at again, when it is old.
+            after=next((row["place"] for row in reversed(rows) if not row["young"]), None),
+            # Ids grow with time: behind one that is young, all are.
             more=len(rows) >= PRUNE_BATCH and not rows[-1]["young"],
         )
 

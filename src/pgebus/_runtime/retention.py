@@ -36,19 +36,24 @@ class Retention:
         patterns: The same for the types that a pattern matches: that of the most specific one.
         dead: For dead letters, whatever their type.
         unhandled: For what no handler has taken.
+        forgets: Whether this worker has a group that keeps no history, and so events may be left without a delivery.
     """
 
     default: float | None = None
     patterns: Mapping[str, float | None] = field(default_factory=dict)
     dead: float | None = None
     unhandled: float | None = None
+    forgets: bool = False
 
     def to_json(self) -> str:
-        """Return it as it is written into the database."""
-        return json.dumps(
-            {"default": self.default, "patterns": dict(self.patterns), "dead": self.dead, "unhandled": self.unhandled},
-            sort_keys=True,
-        )
+        """Return it as it is written into the database; what has to be known by all workers only where it is so."""
+        said = {
+            "default": self.default,
+            "patterns": dict(self.patterns),
+            "dead": self.dead,
+            "unhandled": self.unhandled,
+        }
+        return json.dumps(said | ({"forgets": True} if self.forgets else {}), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Retention:
@@ -59,10 +64,11 @@ class Retention:
         """
         try:
             said = json.loads(text)
-            if sorted(said) != ["dead", "default", "patterns", "unhandled"]:
+            forgets = said.pop("forgets", False)
+            if not isinstance(forgets, bool) or sorted(said) != ["dead", "default", "patterns", "unhandled"]:
                 raise ValueError("it has other parts")
             patterns = {str(pattern): _seconds(value) for pattern, value in said.pop("patterns").items()}
-            return cls(patterns=patterns, **{name: _seconds(said.pop(name)) for name in list(said)})
+            return cls(patterns=patterns, forgets=forgets, **{name: _seconds(said.pop(name)) for name in list(said)})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{text[:200]!r} is no retention") from error
 
@@ -85,6 +91,7 @@ class Keeping:
     def __init__(self, retentions: Sequence[Retention]) -> None:
         self.dead = _longest([each.dead for each in retentions])
         self.unhandled = _longest([each.unhandled for each in retentions])
+        self.forgets = any(each.forgets for each in retentions)
         self._retentions = retentions
         self._indexes = [PatternIndex() for _ in retentions]
         for index, each in zip(self._indexes, retentions, strict=True):

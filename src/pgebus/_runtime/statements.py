@@ -662,6 +662,18 @@ FROM (
 LEFT JOIN LATERAL (SELECT e.created_at FROM {s}.events e WHERE e.id = u.event_id ORDER BY e.id LIMIT 1) e ON true
 ORDER BY u.event_id"""
 
+        # Events by their ids, and which of them no delivery is left of, because no group keeps its history: $1 seconds,
+        # $2 after this event id, $3 how many events to look at, $4 channel.
+        self.bare: Final = f"""
+SELECT u.id AS event_id, u.type, u.channel = $4::text AS ours, u.id AS place,
+  u.channel = $4 AND greatest(u.created_at, u.run_at) < now() - make_interval(secs => $1::double precision) AND (
+    SELECT d.event_id FROM {s}.deliveries d WHERE d.event_id = u.id ORDER BY d.event_id LIMIT 1) IS NULL AS old,
+  u.created_at >= now() - make_interval(secs => $1::double precision) AS young
+FROM (
+  SELECT e.id, e.type, e.channel, e.created_at, e.run_at FROM {s}.events e
+  WHERE e.id > $2::bigint ORDER BY e.id LIMIT $3::integer) u
+ORDER BY u.id"""
+
         # The groups with deliveries of a status: $1 channel. A skip scan, as below for the types.
         def groups_with(status: str) -> str:
             return f"""

@@ -429,6 +429,10 @@ class Store:
         sql = self._sql.unhandled
         return await self._line.fetch(sql, older_than, after, limit, self._channel, group, event_type)
 
+    async def bare(self, older_than: float, after: int, limit: int) -> list[asyncpg.Record]:
+        """The same for *limit* events *after* an id: those without a delivery are `old`, or not yet."""
+        return await self._line.fetch(self._sql.bare, older_than, after, limit, self._channel)
+
     async def groups_with(self, status: Literal["dead", "unhandled"]) -> list[str]:
         """Return the groups that have deliveries of this status."""
         sql = self._sql.groups_with_dead if status == "dead" else self._sql.groups_with_unhandled

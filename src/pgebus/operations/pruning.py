@@ -22,6 +22,7 @@ from pgebus.operations.selection import check_limit
 __all__ = ["prune"]
 
 _LONGEST: Final = timedelta(days=365_000)
+_EVENTS_LOOKED_AT: Final = 10_000
 
 
 async def prune(session: AsyncSession, older_than: timedelta, *, limit: int = 1_000) -> int:
@@ -29,14 +30,16 @@ async def prune(session: AsyncSession, older_than: timedelta, *, limit: int = 1_
 
     What workers do by themselves after their retention, for another age and for all event types and channels alike.
     Finished is completed or cancelled: an event with a delivery that is dead, unhandled or still to be handled is kept.
-    Their `dedup_key`s are free again.
+    One that no delivery is left of, because no group that wanted it keeps its history, goes when it was published, and
+    due, longer ago than that. Their `dedup_key`s are free again.
 
     Done again it finds nothing. An event is passed over when somebody has locked it, or one of its deliveries.
 
     Args:
         session: Its transaction is yours to commit; at READ COMMITTED.
         older_than: By the database's clock; from zero.
-        limit: How many deliveries are looked at, at most; 1 to 10,000. Call again, after the commit, until it is zero.
+        limit: How many deliveries, and events without one, are taken at most; 1 to 10,000. Call again, after the
+            commit, until it is zero.
 
     Returns:
         How many events were deleted: fewer than *limit* also where several groups have finished the same events.
@@ -53,7 +56,8 @@ async def prune(session: AsyncSession, older_than: timedelta, *, limit: int = 1_
     sql = f"""
 WITH {_CUT}
 SELECT d.event_id FROM {prunable(s)} ORDER BY d.finished_at, d.event_id LIMIT :limit"""
-    ids = sorted({row[0] for row in await fetch(session, sql, seconds=seconds, limit=limit)})
+    found = [row[0] for row in await fetch(session, sql, seconds=seconds, limit=limit)]
+    ids = sorted({*found, *await _bare(session, s, seconds, limit - len(found))})
     kept: dict[str, float | None] = {"dead": None, "unhandled": None}
     locked = [
         row[0] for row in await fetch(session, lock_ripe(s, _NAMED), ids=ids, seconds=[seconds] * len(ids), **kept)
@@ -72,8 +76,32 @@ async def count_prunable(session: AsyncSession, older_than: timedelta) -> int:
     """
     seconds = check_age(older_than)
     s = await schema_of(session)
-    (row,) = await fetch(session, f"WITH {_CUT} SELECT count(DISTINCT d.event_id) FROM {prunable(s)}", seconds=seconds)
+    sql = f"""
+WITH {_CUT}
+SELECT (SELECT count(DISTINCT d.event_id) FROM {prunable(s)}) + (
+  SELECT count(*) FROM {s}.events e, cut WHERE greatest(e.created_at, e.run_at) < cut.at
+    AND NOT EXISTS (SELECT FROM {s}.deliveries d WHERE d.event_id = e.id))"""
+    (row,) = await fetch(session, sql, seconds=seconds)
     return int(row[0])
+
+
+async def _bare(session: AsyncSession, s: str, seconds: float, limit: int) -> list[int]:
+    """Return up to *limit* old events without a delivery, looking through the events until all are too young."""
+    sql = f"""
+WITH {_CUT}
+SELECT max(u.id), bool_and(u.created_at >= cut.at), array_agg(u.id ORDER BY u.id) FILTER (
+  WHERE greatest(u.created_at, u.run_at) < cut.at AND NOT {_has_delivery(s, "u")})
+FROM cut, (SELECT e.id, e.created_at, e.run_at FROM {s}.events e
+  WHERE e.id > CAST(:after AS bigint) ORDER BY e.id LIMIT {_EVENTS_LOOKED_AT}) u"""
+    found: list[int] = []
+    after, young = 0, False
+    while len(found) < limit and not young:
+        ((last, young, bare),) = await fetch(session, sql, seconds=seconds, after=after)
+        if last is None:
+            break
+        after = last
+        found += bare or ()
+    return found[:limit]
 
 
 class Written(NamedTuple):
@@ -114,6 +142,16 @@ def ripe(kept: Written, *, of: str = "u") -> str:
       THEN greatest(d.due_at, {of}.created_at) < now() - make_interval(secs => {kept.unhandled}) END)"""
 
 
+def bare_ripe(of: str) -> str:
+    """Return whether an event has been kept for its time that no delivery is left of, as such groups leave it."""
+    return f"greatest({of}.created_at, {of}.run_at) < now() - make_interval(secs => {of}.seconds)"
+
+
+def _has_delivery(s: str, of: str) -> str:
+    return f"""(
+    SELECT d.event_id FROM {s}.deliveries d WHERE d.event_id = {of}.id ORDER BY d.event_id LIMIT 1) IS NOT NULL"""
+
+
 def lock_ripe(s: str, kept: Written) -> str:
     """Return the first statement: lock those events that are ripe; *s* is the quoted schema.
 
@@ -121,13 +159,14 @@ def lock_ripe(s: str, kept: Written) -> str:
     """
     return f"""
 WITH u AS MATERIALIZED (
-  SELECT i.id, i.seconds, e.created_at, e.id IS NULL AS orphaned
+  SELECT i.id, i.seconds, e.created_at, e.run_at, e.id IS NULL AS orphaned
   FROM unnest({kept.ids}, {kept.seconds}) i(id, seconds)
-  LEFT JOIN LATERAL (SELECT e.id, e.created_at FROM {s}.events e WHERE e.id = i.id ORDER BY e.id LIMIT 1) e ON true
+  LEFT JOIN LATERAL (
+    SELECT e.id, e.created_at, e.run_at FROM {s}.events e WHERE e.id = i.id ORDER BY e.id LIMIT 1) e ON true
 ), ripe AS MATERIALIZED (
   SELECT u.id, u.orphaned FROM u WHERE (
     SELECT d.event_id FROM {s}.deliveries d WHERE d.event_id = u.id AND {ripe(kept)} IS NOT TRUE
-    ORDER BY d.event_id LIMIT 1) IS NULL
+    ORDER BY d.event_id LIMIT 1) IS NULL AND ({bare_ripe("u")} OR u.orphaned OR {_has_delivery(s, "u")})
   ORDER BY u.id
 ), free AS MATERIALIZED (
   SELECT f.id FROM ripe CROSS JOIN LATERAL (
@@ -139,14 +178,15 @@ SELECT f.id FROM free f UNION ALL SELECT r.id FROM ripe r WHERE r.orphaned"""
 def delete_ripe(s: str, kept: Written) -> str:
     """Return the second: delete those that still are, with a snapshot that is newer than the locks.
 
-    Nobody gives a locked event a new delivery. The deliveries that it has are locked too, and passed over with their
-    event where somebody else has them: a claim, a redrive, or a person's open transaction, which nobody waits for.
+    Nobody gives a locked event a new delivery: so one without any has none either when it is deleted. The deliveries
+    that it has are locked too, and passed over with their event where somebody else has them: a claim, a redrive, or a
+    person's open transaction, which nobody waits for.
     """
     return f"""
 WITH u AS MATERIALIZED (
-  SELECT i.id, i.seconds, e.created_at, e.place FROM unnest({kept.ids}, {kept.seconds}) i(id, seconds)
+  SELECT i.id, i.seconds, e.created_at, e.run_at, e.place FROM unnest({kept.ids}, {kept.seconds}) i(id, seconds)
   LEFT JOIN LATERAL (
-    SELECT e.created_at, e.ctid AS place FROM {s}.events e WHERE e.id = i.id ORDER BY e.id LIMIT 1) e ON true
+    SELECT e.created_at, e.run_at, e.ctid AS place FROM {s}.events e WHERE e.id = i.id ORDER BY e.id LIMIT 1) e ON true
 ), locked AS MATERIALIZED (
   SELECT u.id, u.place AS event, l.place FROM u CROSS JOIN LATERAL (
     SELECT d.ctid AS place FROM {s}.deliveries d WHERE d.event_id = u.id AND {ripe(kept)}
@@ -154,6 +194,8 @@ WITH u AS MATERIALIZED (
 ), whole AS MATERIALIZED (
   SELECT l.id, l.event FROM (SELECT id, event, count(*) AS n FROM locked GROUP BY id, event) l
   WHERE l.n = (SELECT count(*) FROM {s}.deliveries d WHERE d.event_id = l.id)
+  UNION ALL SELECT u.id, u.place FROM u
+  WHERE u.place IS NOT NULL AND {bare_ripe("u")} AND NOT {_has_delivery(s, "u")}
 ), gone AS (
   DELETE FROM {s}.events e USING whole WHERE e.ctid = whole.event RETURNING e.id
 ), orphans AS (
