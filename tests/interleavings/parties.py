@@ -137,11 +137,11 @@ class Party:
         session = await self._dispatch.enter_async_context(dispatch_session(connection, begin=begin))
         self.guarded = GuardedSession(session)
 
-    async def complete(self, lease: Lease) -> None:
+    async def complete(self, lease: Lease, *, forget: bool = False) -> None:
         """Send what the dispatcher ends that transaction with, except for its COMMIT."""
         await self._dispatch.aclose()
         raw = await self.line.driver()
-        end = self.statements.end(*lease.fence, MARKER)
+        end = self.statements.end(*lease.fence, MARKER, forget=forget)
         assert end.endswith("; COMMIT")
         await raw.execute(end.removesuffix("; COMMIT"))
 

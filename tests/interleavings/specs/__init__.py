@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from tests.interleavings.races import RACES, Race, race_named
-from tests.interleavings.specs import groups, keys, leases, publishing, removal, verbs
+from tests.interleavings.specs import forgetting, groups, keys, leases, publishing, removal, verbs
 
-__all__ = ["RACES", "Race", "groups", "keys", "leases", "publishing", "race_named", "removal", "verbs"]
+__all__ = ["RACES", "Race", "forgetting", "groups", "keys", "leases", "publishing", "race_named", "removal", "verbs"]

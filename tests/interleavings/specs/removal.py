@@ -201,9 +201,12 @@ def _while_pruning(prune: Step, put_back: Step, status: str) -> Spec:
         await scene.sql.execute(_PAUSE)
         await scene.group("g")
         await scene.events("a")
-        await scene.sql.execute(
-            "UPDATE pgebus.deliveries SET status = $1, finished_at = now() - interval '1 hour'", status
-        )
+        if status == "gone":
+            await scene.sql.execute("DELETE FROM pgebus.deliveries")
+        else:
+            await scene.sql.execute(
+                "UPDATE pgebus.deliveries SET status = $1, finished_at = now() - interval '1 hour'", status
+            )
         await scene.sql.execute("UPDATE pgebus.subscriptions SET backfilled_at = NULL")
 
     async def outcome(scene: Scene) -> str:
@@ -223,6 +226,12 @@ def _while_pruning(prune: Step, put_back: Step, status: str) -> Spec:
 def replay_while_pruning(_level: str) -> Spec:
     """What was replayed after a worker's pruning took its snapshot, and before it locked the event, is kept."""
     return _while_pruning(Step("prune", _remove), Step("put back", _replay), "completed")
+
+
+@race(RC)
+def replay_while_a_bare_event_is_pruned(_level: str) -> Spec:
+    """The same for an event that no delivery was left of."""
+    return _while_pruning(Step("prune", _remove), Step("put back", _replay), "gone")
 
 
 @race(RC)
