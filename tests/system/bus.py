@@ -67,6 +67,12 @@ async def finished(sql: Sql, *event_ids: int, status: str = "completed", within:
         raise AssertionError(f"not {status} within {within} s: {[dict(row) for row in rows]}") from None
 
 
+async def forgotten(sql: Sql, *event_ids: int, within: float = 10.0) -> None:
+    """Wait until nothing is left of the deliveries of *event_ids*, whose groups keep no history."""
+    left = "SELECT count(*) = 0 FROM pgebus.deliveries WHERE event_id = ANY ($1)"
+    await until(lambda: sql.fetchval(left, list(event_ids)), within)
+
+
 async def backfilled(sql: Sql) -> None:
     """Wait until no pattern lacks earlier events."""
     await until(

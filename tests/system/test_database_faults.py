@@ -23,6 +23,7 @@ from pgebus import (
     EventContext,
     EventRouter,
     EventSystem,
+    Group,
     SchemaMismatchError,
     publish_event,
 )
@@ -34,7 +35,7 @@ from pgebus.migrations import upgrade
 from tests.conftest import Server
 from tests.embedded import embedded
 from tests.roles import casting
-from tests.system.bus import Sql, delivery, finished, publish, settings
+from tests.system.bus import Sql, backfilled, delivery, finished, forgotten, publish, settings
 from tests.system.faults import (
     EFFECTS,
     backends,
@@ -79,9 +80,9 @@ async def perishable(durable: EmbeddedPostgres) -> DatabaseSettings:
     return database
 
 
-def both_kinds() -> tuple[EventRouter, Counter[int]]:
+def both_kinds(*, keep: bool | None = None) -> tuple[EventRouter, Counter[int]]:
     """Return handlers that count: in a table, within the transaction, and in memory."""
-    router, seen = EventRouter(), Counter[int]()
+    router, seen = EventRouter(group=Group("default", keep_history=keep)), Counter[int]()
 
     @router.on("order.placed", transactional=True)
     async def once(ctx: EventContext, payload: dict[str, Any]) -> None:
@@ -363,17 +364,24 @@ async def test_a_claim_whose_answer_is_lost_is_not_stuck(
     assert (await delivery(sql, event_ids[0]))["attempt"] == 1
 
 
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("how", ["before", "after"])
 async def test_a_completion_whose_answer_is_lost_is_written_once(
-    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql, proxy: Proxy, how: Literal["before", "after"]
+    database: DatabaseSettings,
+    sm: DatabaseSessionManager,
+    sql: Sql,
+    proxy: Proxy,
+    how: Literal["before", "after"],
+    keep: bool,
 ) -> None:
     """The handler is not run again, whether or not the lost statement was executed."""
-    router, seen = both_kinds()
+    router, seen = both_kinds(keep=keep)
     async with worker(router, through(proxy), **DEAF) as system:
+        await backfilled(sql)
         lost = proxy.cut_at(b"SET status = 'completed'", how)
         event_ids = [await publish(sm, "order.checked", {"number": number}) for number in range(5)]
         await asyncio.wait_for(lost.wait(), 10)
-        await finished(sql, *event_ids, within=5.0)
+        await (finished if keep else forgotten)(sql, *event_ids, within=5.0)
 
         async def nothing_held() -> bool:
             return system.health().held == 0
@@ -385,24 +393,32 @@ async def test_a_completion_whose_answer_is_lost_is_written_once(
     assert seen == dict.fromkeys(range(5), 1)
 
 
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("how", ["before", "after"])
 async def test_a_commit_whose_answer_is_lost_has_its_effects_once(
-    database: DatabaseSettings, sm: DatabaseSessionManager, sql: Sql, proxy: Proxy, how: Literal["before", "after"]
+    database: DatabaseSettings,
+    sm: DatabaseSessionManager,
+    sql: Sql,
+    proxy: Proxy,
+    how: Literal["before", "after"],
+    keep: bool,
 ) -> None:
-    """PostgreSQL decided: the handler runs again only if nothing was committed."""
+    """PostgreSQL decided: the handler runs again only if nothing was committed. A row that is gone says that it was."""
     await sql.execute(EFFECTS)
-    router, _ = both_kinds()
+    router, _ = both_kinds(keep=keep)
     async with worker(router, through(proxy), **DEAF) as system:
+        await backfilled(sql)
         lost = proxy.cut_at(b".complete(", how)
         event_id = await publish(sm, "order.placed", {"number": 1})
         await asyncio.wait_for(lost.wait(), 10)
-        await finished(sql, event_id, within=5.0)
+        await (finished if keep else forgotten)(sql, event_id, within=5.0)
 
         async def nothing_held() -> bool:
             return system.health().held == 0
 
         await until(nothing_held)
-        assert (await delivery(sql, event_id))["attempt"] == (1 if how == "after" else 2)
+        if keep:
+            assert (await delivery(sql, event_id))["attempt"] == (1 if how == "after" else 2)
     assert await effects(sql) == {1: 1}
 
 

@@ -25,6 +25,7 @@ from pgebus import (
     EventContext,
     EventRouter,
     EventSystem,
+    Group,
     Settings,
     publish_event,
 )
@@ -73,9 +74,9 @@ async def taking_notes(database: DatabaseSettings) -> AsyncIterator[asyncpg.Pool
         yield pool
 
 
-def router_for(stage: Stage) -> EventRouter:
+def router_for(stage: Stage, group: Group | None = None) -> EventRouter:
     """Return the handlers of all tests with processes."""
-    router = EventRouter()
+    router = EventRouter(group=group)
 
     @asynccontextmanager
     async def noted(ctx: EventContext) -> AsyncIterator[None]:
@@ -150,6 +151,7 @@ class Orders:
         through: By which address it reaches the database itself, where that is another than the one for its notes.
         die_at: The point at which it kills itself.
         returns_late: Whether it takes its lock again only after its handlers' outcome is known.
+        group: The group of its handlers, where it is more than a name.
     """
 
     url: str
@@ -157,6 +159,7 @@ class Orders:
     through: str | None = None
     die_at: str | None = None
     returns_late: bool = False
+    group: Group | None = None
 
     def reached(self, point: str) -> None:
         if point == self.die_at:
@@ -175,7 +178,7 @@ async def _work(parent: Pipe, orders: Orders) -> None:
         stage = Stage(notes, reached=orders.reached, say=lambda word, event_id: parent.send((word, event_id)))
         asyncio.get_running_loop().add_reader(parent.fileno(), _listen, parent, stage.gate)
         with _hooks(stage, returns_late=orders.returns_late):
-            async with EventSystem(router_for(stage), settings):
+            async with EventSystem(router_for(stage, orders.group), settings):
                 stage.say("ready", 0)
                 await asyncio.Event().wait()
 
