@@ -83,6 +83,28 @@ def drain(arena: Arena, plan: Plan) -> Table:
     return table
 
 
+def history(arena: Arena, plan: Plan) -> Table:
+    """The drain of a group that keeps what it has completed, and of one that does not."""
+    events = plan.size(40_000)
+
+    def once(name: str) -> dict[str, float]:
+        with arena.database(PGEBUS) as dsn:
+            # Nothing is deleted as long as a pattern is new.
+            arena.sql(dsn, "UPDATE pgebus.subscriptions SET backfilled_at = now()", "SELECT 1")
+            arena.run(PGEBUS, "fill", dsn, events=events)
+            before = arena.sql(dsn, "SELECT pg_current_wal_lsn() - '0/0'::pg_lsn")
+            result = _drained(arena, PGEBUS, dsn, events, keep_history=name == "kept")
+            written = arena.sql(dsn, "SELECT pg_current_wal_lsn() - '0/0'::pg_lsn") - before
+            if (left := arena.sql(dsn, "SELECT count(*) FROM pgebus.deliveries")) != (events if name == "kept" else 0):
+                raise AssertionError(f"{left} deliveries of {events} are left")
+        return {**result, "wal": float(written) / events}
+
+    found = _in_turn(plan, ["kept", "deleted"], once)
+    table = Table(history.__doc__ or "", ("drain /s", "CPU s per 10,000", "WAL bytes per event"))
+    table.rows = [(name, (each["rate"], each["cpu"], each["wal"])) for name, each in found.items()]
+    return table
+
+
 def transactional(arena: Arena, plan: Plan) -> Table:
     """Each event in a transaction of its own, with one UPDATE: ten at once, by one process."""
     events = plan.size(5_000)
@@ -343,6 +365,7 @@ MEASURES: Final[dict[str, Callable[[Arena, Plan], Table]]] = {
     each.__name__: each
     for each in (
         drain,
+        history,
         transactional,
         publish,
         inside,

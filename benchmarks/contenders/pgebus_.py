@@ -19,6 +19,7 @@ from pgebus import (
     EventPublisher,
     EventRouter,
     EventSystem,
+    Group,
     Settings,
     publish_event,
     publish_events,
@@ -134,7 +135,7 @@ def counting(router: EventRouter, tally: Tally, *, transactional: bool = False) 
 async def drain(options: Options) -> Options:
     """Handle everything that is due, or the first of it."""
     tally = Tally(options["events"])
-    router = EventRouter()
+    router = EventRouter(group=Group("default", keep_history=options.get("keep_history", True)))
     counting(router, tally, transactional=options.get("transactional", False))
     async with DatabaseSessionManager(settings(options).database) as manager, manager.engine.connect() as sql:
 
