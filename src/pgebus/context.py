@@ -30,7 +30,8 @@ class EventContext:
         group: The consumer group that the handlers belong to.
         attempt: This execution of the delivery, counted from 1, whichever of its handlers failed the others. Executions
             whose process died are counted.
-        claim_seq: Grows with every claim of this delivery: a fencing token for systems outside this database.
+        claim_seq: Grows with every claim of this delivery: a fencing token for systems outside this database. In a
+            group that keeps no history, a delivery that is replayed is another one, and begins with any number.
     """
 
     __slots__ = ("_event", "_make_event", "_publish", "attempt", "claim_seq", "event_id", "group", "session")

@@ -44,7 +44,8 @@ class GroupStatus:
         unhandled: Those that no worker had a handler for.
         oldest_due: How long the delivery that has been due longest has been; None where nothing is due.
         per_second: How many are completed in a second: over the last minute, or over the last 10,000 that any group
-            has finished where those are younger. What has been deleted since is not counted.
+            has finished where those are younger. What has been deleted since is not counted, and so nothing of a
+            group that keeps no history.
         capped: The names of the counts that stopped at `COUNT_LIMIT`: there are more.
     """
 

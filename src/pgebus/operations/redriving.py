@@ -107,7 +107,8 @@ async def replay(
     are not undone by then happen twice, also those in the database.
 
     Events that the group has no delivery of, and that one of its patterns wants, get one, as they would have if the
-    group had been there when they were published; they are not `unhandled` any more then.
+    group had been there when they were published; they are not `unhandled` any more then. Of a group that keeps no
+    history, those are also the ones that it has completed.
 
     Of a key, the first one starts and the others wait behind it, in the order of their ids. Sleeping workers are woken
     at the commit. An event that is not due yet waits until it is. What purge_payload() has emptied is left out, and so
