@@ -100,14 +100,29 @@ class Statements:
         # the event out. The second has nothing more to do; a worker that does not know that yet finds out, because
         # the backfill locks the subscription, and nobody says that it is backfilled before that lock is gone.
         # What breaks it is a person who removes the pattern that covered the event, and so what was known of it.
-        forgettable = f"""(
+        #
+        # What the patterns say is asked once for each type of a batch: `settled`, and above which id they cover what.
+        judged = f"""known AS MATERIALIZED (
+  SELECT t.channel, t.consumer_group, t.type, (
+    SELECT k.pattern FROM {s}.subscriptions k
+    WHERE k.channel = t.channel AND k.consumer_group = t.consumer_group AND k.backfilled_at IS NULL
+    LIMIT 1) IS NULL AS settled, (
+    SELECT min(k.since_event_id) FROM {s}.subscriptions k
+    WHERE k.channel = t.channel AND k.consumer_group = t.consumer_group AND {matches("k", "t.type")}
+      AND (k.start_at IS NULL OR k.start_at = '-infinity')) AS since
+  FROM (SELECT DISTINCT channel, consumer_group, type FROM held) t
+), judged AS MATERIALIZED (
+  SELECT h.place, (
+    SELECT n.settled AND (n.since < h.event_id OR (
       SELECT k.pattern FROM {s}.subscriptions k
-      WHERE k.channel = d.channel AND k.consumer_group = d.consumer_group AND k.backfilled_at IS NULL LIMIT 1) IS NULL
-    AND (
-      SELECT k.pattern FROM {s}.subscriptions k
-      WHERE k.channel = d.channel AND k.consumer_group = d.consumer_group AND k.since_event_id < d.event_id
-        AND {matches("k", "d.type")} AND (k.start_at IS NULL OR k.start_at = '-infinity' OR k.start_at <= (
-          SELECT e.created_at FROM {s}.events e WHERE e.id = d.event_id ORDER BY e.id LIMIT 1)) LIMIT 1) IS NOT NULL"""
+      WHERE k.channel = h.channel AND k.consumer_group = h.consumer_group AND k.since_event_id < h.event_id
+        AND {matches("k", "h.type")} AND k.start_at <= (
+          SELECT e.created_at FROM {s}.events e WHERE e.id = h.event_id ORDER BY e.id LIMIT 1)
+      LIMIT 1) IS NOT NULL)
+    FROM known n WHERE n.channel = h.channel AND n.consumer_group = h.consumer_group AND n.type = h.type
+  ) IS TRUE AS forgettable
+  FROM held h
+)"""
 
         # The same for one lease: $1 to $4 its fence.
         fence = f"""d.ctid = (
@@ -248,13 +263,13 @@ SELECT done.event_id, done.consumer_group FROM done, (SELECT count(*) FROM told)
         # The two for groups that keep no history. A batch may hold what can be deleted and what has to be kept.
         def forget(returned: str, rest: str) -> str:
             return f"""
-WITH {hold(f", {forgettable} AS forgettable")}, gone AS (
-  DELETE FROM {s}.deliveries d USING held WHERE d.ctid = held.place AND held.forgettable
+WITH {hold(", d.event_id, d.channel, d.consumer_group, d.type")}, {judged}, gone AS (
+  DELETE FROM {s}.deliveries d USING judged WHERE d.ctid = judged.place AND judged.forgettable
   RETURNING {returned}
 ), kept AS (
   UPDATE {s}.deliveries d
   SET status = 'completed', worker_id = NULL, claimed_at = NULL, finished_at = clock_timestamp()
-  FROM held WHERE d.ctid = held.place AND NOT held.forgettable
+  FROM judged WHERE d.ctid = judged.place AND NOT judged.forgettable
   RETURNING {returned}
 ), done AS (SELECT * FROM gone UNION ALL SELECT * FROM kept){rest}"""
 
@@ -563,7 +578,7 @@ UNION ALL SELECT p.gid, true FROM pg_catalog.pg_prepared_xacts p WHERE p.databas
         # is locked, so that it cannot be pruned meanwhile; one that somebody else has locked is `missed`, and looked at
         # again. What was unhandled, because nobody wanted it, is not any more, now that somebody does. What was emptied
         # is never handled again; and what another pattern of the group covers is there already, or was: see
-        # `forgettable`. The subscription, $7 when it was made, is locked, so that nobody says meanwhile that it is
+        # `judged`. The subscription, $7 when it was made, is locked, so that nobody says meanwhile that it is
         # done; one that is done, gone or locked is not `there`.
         self.backfill: Final = f"""
 WITH mine AS MATERIALIZED (
