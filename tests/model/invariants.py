@@ -11,7 +11,7 @@ from typing import Final
 
 from tests.model.database import Look
 from tests.model.oracle import Oracle
-from tests.model.things import KEPT_ERRORS, Delivery
+from tests.model.things import KEPT_ERRORS, UNSEEN, Delivery
 
 # What a step may make of a delivery. What is not here is not over, and never comes back.
 LEGAL: Final = {
@@ -122,6 +122,10 @@ def _as_expected(delivery: Delivery, stored: tuple[object, ...], oracle: Oracle)
     )
     if choice or let_in:
         delivery.status = str(status)
+    if delivery.claim_seq == UNSEEN:
+        assert isinstance(stored[2], int)
+        assert stored[2] >= 1_000_000, f"I6 fence: {delivery.name} has a claim_seq that there may have been before"
+        delivery.claim_seq = stored[2]
     stored = (*stored[:7], tuple(stored[7]) if isinstance(stored[7], list) else None, *stored[8:])
     expected = delivery.stored()
     if stored != expected:

@@ -15,6 +15,7 @@ from tests.model.things import (
     KEPT_ERRORS,
     SECOND,
     UNFINISHED,
+    UNSEEN,
     Delivery,
     Draft,
     Event,
@@ -143,11 +144,13 @@ class Oracle:
         self.deliveries |= {d.place: d for d in unit.deliveries}
 
     @staticmethod
-    def _made(event: Event, group: str, status: str) -> Delivery:
+    def _made(event: Event, group: str, status: str, claim_seq: int = 0) -> Delivery:
         draft = event.draft
-        return Delivery(
+        made = Delivery(
             event.id, group, draft.type, draft.key, draft.priority, status, event.began, draft.delay * SECOND
         )
+        made.claim_seq = claim_seq
+        return made
 
     # -- what a worker does
 
@@ -250,7 +253,7 @@ class Oracle:
             status = "pending" if event.draft.key is None else "pending or blocked"
             there = self.deliveries.get((event.id, group))
             if there is None:
-                self.deliveries[event.id, group] = self._made(event, group, status)
+                self.deliveries[event.id, group] = self._made(event, group, status, UNSEEN)
                 self._no_longer_unwanted(event, group)
             elif there.cancelled_in is not None and there.cancelled_in < self.groups[group].created_in:
                 there.status, there.cancelled_in, there.finished = status, None, None
@@ -291,7 +294,7 @@ class Oracle:
         there = self.deliveries.get((event.id, group))
         if there is None:
             status = "pending" if event.draft.key is None else "blocked"
-            self.deliveries[event.id, group] = self._made(event, group, status)
+            self.deliveries[event.id, group] = self._made(event, group, status, UNSEEN)
             self._no_longer_unwanted(event, group)
             return
         self.redrive(there)

@@ -60,6 +60,10 @@ class Event:
         return self.draft.type
 
 
+# The claim_seq of a delivery that was made after its event, until the database's choice is seen.
+UNSEEN: Final = -1
+
+
 @dataclass(slots=True)
 class Delivery:
     """One row, as it should be. `due` and `finished` are what was seen, and checked, when they were written."""
