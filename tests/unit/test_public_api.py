@@ -125,7 +125,7 @@ SIGNATURES = {
     "operations.pause_group": "(session, group, channel='events')",
     "operations.resume_group": "(session, group, channel='events')",
     "operations.limit_group": "(session, group, max_running, channel='events')",
-    "operations.remove_group": "(session, group, channel='events')",
+    "operations.remove_group": "(session, group, channel='events', *, limit=None)",
     "operations.remove_pattern": "(session, group, pattern, channel='events')",
     "Retry": "(delay=None)",
     "Snooze": "(delay)",
