@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from sqlalchemy.exc import IntegrityError
 from tests.postgres.plain_sql import Sql
 from tests.postgres.states import STATES, deliver, event_in
 
@@ -33,14 +32,45 @@ async def test_an_event_goes_when_its_last_delivery_is_finished_and_old(sm: Data
     assert await sql.fetchval("SELECT count(DISTINCT event_id) FROM pgebus.deliveries") == len(expected)
 
 
-async def test_what_a_table_of_the_user_refers_to_is_the_users_matter(sm: DatabaseSessionManager, sql: Sql) -> None:
-    event_id = await event_in(sql, "completed")
-    await sql.execute("CREATE TABLE mine (event_id bigint REFERENCES pgebus.events)")
-    await sql.execute("INSERT INTO mine VALUES ($1)", event_id)
+REFUSING = {
+    "a foreign key": "CREATE TABLE mine (event_id bigint REFERENCES pgebus.events);"
+    "INSERT INTO mine SELECT id FROM pgebus.events WHERE id % 3 = 1",
+    "a trigger that keeps it": "CREATE FUNCTION mine() RETURNS trigger LANGUAGE plpgsql AS"
+    " $$BEGIN RETURN CASE WHEN old.id % 3 = 1 THEN NULL ELSE old END; END$$;"
+    "CREATE TRIGGER mine BEFORE DELETE ON pgebus.events FOR EACH ROW EXECUTE FUNCTION mine()",
+    "a trigger that raises": "CREATE FUNCTION mine() RETURNS trigger LANGUAGE plpgsql AS"
+    " $$BEGIN IF old.id % 3 = 1 THEN RAISE 'not this one'; END IF; RETURN old; END$$;"
+    "CREATE TRIGGER mine BEFORE DELETE ON pgebus.events FOR EACH ROW EXECUTE FUNCTION mine()",
+}
+
+
+@pytest.mark.parametrize("limit", [1, 4, 100])
+@pytest.mark.parametrize("refusing", REFUSING)
+async def test_what_the_database_refuses_to_delete_keeps_nothing_else(
+    sm: DatabaseSessionManager, sql: Sql, refusing: str, limit: int
+) -> None:
+    """Nor does it end: zero means that there is no more that could go."""
+    events = [await event_in(sql, "completed") for _ in range(10)]
+    await sql.execute(REFUSING[refusing])
+    pruned = []
     async with sm.session() as session:
-        with pytest.raises(IntegrityError):
-            await operations.prune(session, timedelta(0))
-    assert await kept(sql) == [event_id]
+        while gone := await operations.prune(session, timedelta(0), limit=limit):
+            pruned.append(gone)
+            await session.commit()
+    assert await kept(sql) == [event_id for event_id in events if event_id % 3 == 1]
+    assert max(pruned) <= limit
+    assert sum(pruned) == 6
+
+
+async def test_what_somebody_has_locked_keeps_nothing_else(sm: DatabaseSessionManager, sql: Sql) -> None:
+    first, second, _ = [await event_in(sql, "completed") for _ in range(3)]
+    async with sql.transaction(), sm.session() as session:
+        await sql.execute("SELECT FROM pgebus.events WHERE id = $1 FOR KEY SHARE", first)
+        await sql.execute("SELECT FROM pgebus.deliveries WHERE event_id = $1 FOR UPDATE", second)
+        assert await operations.prune(session, timedelta(0), limit=1) == 1
+        assert await operations.prune(session, timedelta(0), limit=1) == 0
+        await session.commit()
+    assert await kept(sql) == [first, second]
 
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"])

@@ -201,8 +201,10 @@ async def test_an_event_that_a_table_of_the_user_refers_to_is_not_pruned(sql: Sq
     await sql.execute("CREATE TABLE mine AS SELECT id FROM pgebus.events")
     await sql.execute("ALTER TABLE mine ADD FOREIGN KEY (id) REFERENCES pgebus.events")
     status, out, err = await command("prune", "--older-than", "1m", "--yes")
-    assert (status, out, "Traceback" in err, "mine" in err) == (1, "", False, True), err
-    assert len(err.splitlines()) == 1
+    assert (status, err) == (0, "")
+    assert out == (
+        "No events deleted. 1 had changed meanwhile, are locked, or are kept by a table or a trigger of yours.\n"
+    )
 
 
 MISTAKES = [

@@ -58,8 +58,20 @@ class Act:
             typer.echo("Nothing was changed.")
             raise typer.Exit(FAILED)
 
-    def do(self, batch: Callable[[AsyncSession, list[Any], int], Awaitable[list[Any]]], *, once: bool = False) -> None:
-        """Do it, for as many as there were, batch by batch, or *once* in any case; say how many it were."""
+    def do(
+        self,
+        batch: Callable[[AsyncSession, list[Any], int], Awaitable[list[Any]]],
+        *,
+        once: bool = False,
+        short: str = "had changed meanwhile, or are locked",
+    ) -> None:
+        """Do it, for as many as there were, batch by batch, or *once* in any case; say how many it were.
+
+        Args:
+            batch: Does some, for up to so many; gets what it did last.
+            once: Whether to call it once, whatever the count was.
+            short: Why it may be fewer than there were.
+        """
 
         async def work(session: AsyncSession) -> int:
             count, last = 0, list[Any]()
@@ -72,8 +84,8 @@ class Act:
             return count
 
         changed = run(work) if self._found or once else 0
-        short = "" if changed >= self._found else f" {self._found - changed:,} had changed meanwhile, or are locked."
-        self._say(changed, f"{self._counted(changed)} {self._done}.{short}")
+        rest = "" if changed >= self._found else f" {self._found - changed:,} {short}."
+        self._say(changed, f"{self._counted(changed)} {self._done}.{rest}")
 
     def _counted(self, count: int) -> str:
         return f"{count:,} {self._one if count == 1 else self._many}" if count else f"No {self._many}"

@@ -11,13 +11,12 @@ from datetime import datetime
 from typing import Annotated, Any
 
 import typer
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from pgebus import Settings, StateError, operations
-from pgebus.cli.acting import BATCH, Act
+from pgebus import Settings, operations
+from pgebus.cli.acting import Act
 from pgebus.cli.deliveries import clock_of
-from pgebus.cli.messages import FAILED, fail, said
+from pgebus.cli.messages import FAILED, fail
 from pgebus.cli.options import (
     AsJson,
     By,
@@ -219,14 +218,10 @@ def prune(
     act = Act("prune", "event", "events", "deleted", dry_run=dry_run, yes=yes, as_json=as_json)
     act.ask(run(lambda session: count_prunable(session, age)))
 
-    async def batch(session: AsyncSession, _done: list[Any], _limit: int) -> list[Any]:
-        try:
-            return [None] * await operations.prune(session, age, limit=BATCH)
-        except IntegrityError as error:
-            reason = said(error).splitlines()[0]
-            raise StateError(f"Rows of yours refer to events that would be deleted: {reason}.") from error
+    async def batch(session: AsyncSession, _done: list[Any], limit: int) -> list[Any]:
+        return [None] * await operations.prune(session, age, limit=limit)
 
-    act.do(batch)
+    act.do(batch, short="had changed meanwhile, are locked, or are kept by a table or a trigger of yours")
 
 
 def purge(

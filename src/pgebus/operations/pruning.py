@@ -13,6 +13,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Final, NamedTuple
 
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from pgebus.errors import ConfigurationError
@@ -23,6 +24,8 @@ __all__ = ["prune"]
 
 _LONGEST: Final = timedelta(days=365_000)
 _EVENTS_LOOKED_AT: Final = 10_000
+# The classes of what the application's own constraints and triggers raise.
+_REFUSED: Final = ("23", "P0")
 
 
 async def prune(session: AsyncSession, older_than: timedelta, *, limit: int = 1_000) -> int:
@@ -33,39 +36,64 @@ async def prune(session: AsyncSession, older_than: timedelta, *, limit: int = 1_
     One that no delivery is left of, because no group that wanted it keeps its history, goes when it was published, and
     due, longer ago than that. Their `dedup_key`s are free again.
 
-    Done again it finds nothing. An event is passed over when somebody has locked it, or one of its deliveries.
+    Done again it finds nothing. An event is passed over when somebody has locked it, or one of its deliveries, and
+    when your database refuses to delete it: because a table of yours refers to it, or a trigger says so. A batch that
+    is refused is tried again in halves, each behind a savepoint.
 
     Args:
         session: Its transaction is yours to commit; at READ COMMITTED.
         older_than: By the database's clock; from zero.
-        limit: How many deliveries, and events without one, are taken at most; 1 to 10,000. Call again, after the
-            commit, until it is zero.
+        limit: How many events, at most; 1 to 10,000. Call again, after the commit, until it is zero.
 
     Returns:
-        How many events were deleted: fewer than *limit* also where several groups have finished the same events.
+        How many events were deleted; zero when there was none that could be.
 
     Raises:
         ConfigurationError: If an argument is none of its kind; nothing was sent.
         SessionStateError: If the session is in AUTOCOMMIT, or at REPEATABLE READ or above, where a statement would not
             see what was committed before its event was locked; nothing was changed.
-        sqlalchemy.exc.IntegrityError: If a table of yours refers to an event; the transaction has to be rolled back.
     """
     seconds, limit = check_age(older_than), check_limit(limit)
     s = await schema_of(session)
     await require_fresh_snapshots(session, "prune()")
-    sql = f"""
+    finished = f"""
 WITH {_CUT}
-SELECT d.event_id FROM {prunable(s)} ORDER BY d.finished_at, d.event_id LIMIT :limit"""
-    found = [row[0] for row in await fetch(session, sql, seconds=seconds, limit=limit)]
-    ids = sorted({*found, *await _bare(session, s, seconds, limit - len(found))})
+SELECT d.event_id, d.finished_at FROM {prunable(s)}
+  AND (d.finished_at, d.event_id) > (coalesce(CAST(:at AS timestamptz), '-infinity'), CAST(:after AS bigint))
+ORDER BY d.finished_at, d.event_id LIMIT :limit"""
+    gone, at, after = 0, None, 0
+    while gone < limit:
+        rows = await fetch(session, finished, seconds=seconds, at=at, after=after, limit=limit - gone)
+        if not rows:
+            break
+        after, at = rows[-1]
+        gone += await _delete(session, s, sorted({row[0] for row in rows}), seconds)
+    after = 0
+    while gone < limit and (bare := await _bare(session, s, seconds, after, limit - gone)):
+        after = bare[-1]
+        gone += await _delete(session, s, bare, seconds)
+    return gone
+
+
+async def _delete(session: AsyncSession, s: str, ids: list[int], seconds: float) -> int:
+    """Delete those that can go, each but those that the application refuses to; return how many."""
     kept: dict[str, float | None] = {"dead": None, "unhandled": None}
-    locked = [
-        row[0] for row in await fetch(session, lock_ripe(s, _NAMED), ids=ids, seconds=[seconds] * len(ids), **kept)
-    ]
-    if not locked:
-        return 0
-    (row,) = await fetch(session, delete_ripe(s, _NAMED), ids=locked, seconds=[seconds] * len(locked), **kept)
-    return int(row[0])
+    rows = await fetch(session, lock_ripe(s, _NAMED), ids=ids, seconds=[seconds] * len(ids), **kept)
+    gone, connection = 0, await session.connection()
+    parts = [[row[0] for row in rows]] if rows else []
+    while parts:
+        part = parts.pop()
+        try:
+            async with connection.begin_nested():
+                sql = delete_ripe(s, _NAMED)
+                (row,) = await fetch(session, sql, ids=part, seconds=[seconds] * len(part), **kept)
+                gone += int(row[0])
+        except DBAPIError as error:
+            if str(getattr(error.orig, "sqlstate", ""))[:2] not in _REFUSED:
+                raise
+            if half := len(part) // 2:
+                parts += part[half:], part[:half]
+    return gone
 
 
 async def count_prunable(session: AsyncSession, older_than: timedelta) -> int:
@@ -85,8 +113,8 @@ SELECT (SELECT count(DISTINCT d.event_id) FROM {prunable(s)}) + (
     return int(row[0])
 
 
-async def _bare(session: AsyncSession, s: str, seconds: float, limit: int) -> list[int]:
-    """Return up to *limit* old events without a delivery, looking through the events until all are too young."""
+async def _bare(session: AsyncSession, s: str, seconds: float, after: int, limit: int) -> list[int]:
+    """Return up to *limit* old events without a delivery after an id, looking on until all are too young."""
     sql = f"""
 WITH {_CUT}
 SELECT max(u.id), bool_and(u.created_at >= cut.at), array_agg(u.id ORDER BY u.id) FILTER (
@@ -94,7 +122,7 @@ SELECT max(u.id), bool_and(u.created_at >= cut.at), array_agg(u.id ORDER BY u.id
 FROM cut, (SELECT e.id, e.created_at, e.run_at FROM {s}.events e
   WHERE e.id > CAST(:after AS bigint) ORDER BY e.id LIMIT {_EVENTS_LOOKED_AT}) u"""
     found: list[int] = []
-    after, young = 0, False
+    young = False
     while len(found) < limit and not young:
         ((last, young, bare),) = await fetch(session, sql, seconds=seconds, after=after)
         if last is None:
