@@ -1,6 +1,7 @@
 """When the clock publishes an event: a cron expression in a time zone, and what becomes of the times that were missed.
 
 Pure: the time is given. Expressions are read by cronsim (the extra `cron`), and mean what Debian's cron makes of them.
+What a clock change makes of them is decided here: cronsim is asked for the times on a clock that is never changed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice, takewhile
+from math import ceil, floor
 from typing import Final, Literal, TypeAlias, cast, get_args
 from zoneinfo import ZoneInfo
 
@@ -22,9 +24,13 @@ Missed: TypeAlias = Literal["skip", "latest", "all"]
 ON_TIME: Final = timedelta(seconds=60)
 # How many missed times are made up for in one transaction.
 CATCH_UP_BATCH: Final = 100
-# Further than any clock change moves a time of day.
-_ANY_CHANGE: Final = timedelta(hours=3)
 _LONGEST: Final = 255
+# How far back the latest of the missed times is looked for first, and so many times as far each time there is none.
+_NEAR: Final = timedelta(minutes=15)
+_FARTHER: Final = 8
+# No clock is changed twice in a day.
+_DAY: Final = 86_400
+_SECOND: Final = timedelta(seconds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +48,40 @@ class Cron:
     missed: Missed = "latest"
 
     def after(self, moment: datetime) -> Iterator[datetime]:
-        """Yield the times after *moment*, in UTC."""
+        """Yield the times after *moment*, in UTC, each later than the one before."""
+        zone, (minute, hour) = ZoneInfo(self.timezone), self.expression.split()[:2]
+        if minute.startswith("*") or hour.startswith("*"):
+            return self._as_often_as_shown(moment, zone)
+        return self._once(moment, zone)
+
+    def _once(self, moment: datetime, zone: ZoneInfo) -> Iterator[datetime]:
+        """Yield when the clock first shows each of the times, or has gone past it."""
+        # In the hour that comes twice, those that it shows again are not after *moment*.
+        for shown in self._on_an_unchanged_clock(moment.astimezone(zone).replace(tzinfo=None)):
+            if (at := _first_shown(shown, zone)) > moment:
+                yield at
+                moment = at
+
+    def _as_often_as_shown(self, moment: datetime, zone: ZoneInfo) -> Iterator[datetime]:
+        """Yield all moments at which the clock shows one of the times."""
+        begin = moment.astimezone(zone).replace(tzinfo=None)
+        while True:
+            change, offset = None, _offset(moment.timestamp(), zone)
+            for shown in self._on_an_unchanged_clock(begin):
+                at = shown.replace(tzinfo=UTC) - offset
+                if (change := _first_change(moment, at, zone)) is not None:
+                    break
+                yield at
+                moment = at
+            if change is None:
+                return
+            moment = change
+            begin = change.astimezone(zone).replace(tzinfo=None) - _SECOND  # what it is changed to, it shows
+
+    def _on_an_unchanged_clock(self, shown: datetime) -> Iterator[datetime]:
         from cronsim import CronSim
 
-        local = moment.astimezone(ZoneInfo(self.timezone))
-        return (tick.astimezone(UTC) for tick in CronSim(self.expression, local))
+        return CronSim(self.expression, shown)
 
     def due(self, last: datetime, now: datetime) -> tuple[list[datetime], datetime | None]:
         """Return the times to publish now, and up to which time nothing remains to be done.
@@ -61,20 +96,56 @@ class Cron:
         if self.missed == "all":
             ticks = list(islice(takewhile(lambda tick: tick <= now, self.after(last)), CATCH_UP_BATCH))
             return ticks, ticks[-1] if ticks else None
-        ticks = list(takewhile(lambda tick: tick <= now, self.after(max(last, self._shortly_before(now)))))
-        if not ticks:
+        latest = self._latest(last, now)
+        if latest is None:
             return [], None
         if self.missed == "latest":
-            return ticks[-1:], ticks[-1]
-        return [tick for tick in ticks if now - tick <= ON_TIME], ticks[-1]
+            return [latest], latest
+        late = max(last, now - ON_TIME - datetime.resolution)
+        return list(takewhile(lambda tick: tick <= now, self.after(late))), latest
 
-    def _shortly_before(self, now: datetime) -> datetime:
-        """Return a moment that has at least one time between it and *now*, and not very many."""
-        from cronsim import CronSim
+    def _latest(self, last: datetime, now: datetime) -> datetime | None:
+        """Return the last time after *last* that is not after *now*; None if there is none."""
+        first = next(self.after(last), None)
+        if first is None or first > now:
+            return None
+        back = _NEAR
+        while True:  # as years of minutes are too many to go through
+            near = list(takewhile(lambda tick: tick <= now, self.after(max(last, now - back))))
+            if near:
+                return near[-1]
+            back = min(back * _FARTHER, now - last)
 
-        # Backwards, a time that a clock change has moved may be found where it would be without the change.
-        earlier = next(CronSim(self.expression, now.astimezone(ZoneInfo(self.timezone)), reverse=True), None)
-        return datetime.min.replace(tzinfo=UTC) if earlier is None else earlier.astimezone(UTC) - _ANY_CHANGE
+
+def _offset(timestamp: float, zone: ZoneInfo) -> timedelta:
+    offset = datetime.fromtimestamp(timestamp, zone).utcoffset()
+    return timedelta(0) if offset is None else offset
+
+
+def _first_shown(shown: datetime, zone: ZoneInfo) -> datetime:
+    """Return when the clock first shows a time, or, where a change leaves it out, when it is changed."""
+    first = shown.replace(tzinfo=zone, fold=0).astimezone(UTC)
+    if first.astimezone(zone).replace(tzinfo=None) == shown:
+        return first
+    # What would have shown it without the change is after it; what would show it after the change is before (PEP 495).
+    change = _first_change(shown.replace(tzinfo=zone, fold=1).astimezone(UTC), first, zone)
+    return first if change is None else change
+
+
+def _first_change(early: datetime, late: datetime, zone: ZoneInfo) -> datetime | None:
+    """Return when the clock is changed after *early* and not after *late*; clocks are changed on the second."""
+    before, end = floor(early.timestamp()), ceil(late.timestamp())
+    offset = _offset(before, zone)
+    while before < end:
+        after = min(before + _DAY, end)
+        if _offset(after, zone) == offset:
+            before = after
+            continue
+        while after - before > 1:
+            between = (before + after) // 2
+            before, after = (between, after) if _offset(between, zone) == offset else (before, between)
+        return datetime.fromtimestamp(after, UTC)
+    return None
 
 
 def make_cron(expression: object, timezone: object, missed: object) -> Cron:

@@ -230,8 +230,10 @@ class EventRouter:
         first declared; one with another expression or time zone is another schedule.
 
         Times of day mean what Debian's cron makes of them: one that a clock change leaves out comes when the clock has
-        gone forward, one that comes twice comes the first time only; with a wildcard for the hour they come as often as
-        the clock shows them.
+        gone forward, several that it leaves out come as one, and one that comes twice comes the first time only. If the
+        minute or the hour begins with `*`, they come as often as a clock on the wall shows them: `*/30 2 * * *` does
+        not come where the clock goes from 2 to 3, and four times where it goes back. `docs/guides/schedules.md` has a
+        table.
 
         Args:
             cron: Five fields: minute, hour, day of the month, month, day of the week.
