@@ -249,7 +249,7 @@ class EventRouter:
 
         Raises:
             ConfigurationError: If *cron* is no cron expression, *timezone* no time zone, or cronsim is not installed
-                (`pip install 'pgebus[cron]'`).
+                (`pip install 'pgebus[cron]'`); or if the same schedule of the same event type has another *missed*.
             InvalidEventTypeError, InvalidHandlerError, DuplicateHandlerError: As `on()`.
         """
         times = make_cron(cron, timezone, missed)
@@ -309,7 +309,8 @@ class EventRouter:
             InvalidEventTypeError: If the prefix is not dotted words, or a full path becomes too long.
             DuplicateHandlerError: If a full path would have a handler or a name twice; nothing is included.
             ConfigurationError: If *other* is no router, is or holds this one, or is included here already
-                under the same prefix and in the same group; or if a group would be declared in two ways.
+                under the same prefix and in the same group; or if a group, or what becomes of the missed times of a
+                schedule, would be declared in two ways.
         """
         if not isinstance(other, EventRouter):
             raise ConfigurationError(f"include_router() takes an EventRouter, not {_type_name(other)}.")
@@ -398,6 +399,7 @@ class EventRouter:
                     continue  # the same one on another way, as from a router that is included twice
                 for taken in there:
                     _check_no_duplicate(taken.route, placed.route)
+                    _check_one_schedule(taken.route, placed.route)
                 namesakes = named.setdefault((id(router), handler.group, handler.name), ([], []))
                 for known in (router._named.get((handler.group, handler.name)), namesakes):
                     # Two plain types meet only where they are equal.
@@ -454,6 +456,18 @@ def _check_no_duplicate(taken: Route, new: Route) -> None:
     else:
         return
     raise DuplicateHandlerError(f"{problem} {advice}", handler=new.handler.name, path=new.pattern)
+
+
+def _check_one_schedule(taken: Route, new: Route) -> None:
+    """Refuse two decisions about the missed times of what is one schedule in the database."""
+    one, other = taken.handler.cron, new.handler.cron
+    if one is None or other is None or one == other or replace(other, missed=one.missed) != one:
+        return
+    raise ConfigurationError(
+        f"Events of type {new.pattern!r} are published by {other.expression!r} ({other.timezone}) for "
+        f"{taken.handler.name!r} with missed={one.missed!r}, and for {new.handler.name!r} with "
+        f"missed={other.missed!r}. It is one schedule: say the same of it, or register one of them with on()."
+    )
 
 
 def _note(namesakes: tuple[list[Route], list[Route]], route: Route) -> None:

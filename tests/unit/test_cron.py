@@ -167,3 +167,26 @@ def test_the_clock_publishes_no_pattern() -> None:
 def test_a_function_without_a_usable_name_needs_a_path() -> None:
     with pytest.raises(InvalidEventTypeError):
         EventRouter().every("0 3 * * *")(lambda _ctx, _payload: None)
+
+
+def test_one_schedule_has_one_rule_for_what_it_missed() -> None:
+    """Wherever the second one is written: beside the first, or in a router below."""
+    router, inner = EventRouter(), EventRouter("a")
+    router.every("* * * * *", "a.t", missed="all", group="one")(handle)
+    with pytest.raises(ConfigurationError, match="missed='all', and for 'other' with missed='skip'"):
+        router.every("* * * * *", "a.t", missed="skip", group="other", name="other")(handle)
+    inner.every(" *  * * * *", "t", missed="latest", group="third")(handle)
+    with pytest.raises(ConfigurationError, match="It is one schedule"):
+        router.include_router(inner)
+    assert [route.handler.group for route in router.routes()] == ["one"]
+
+
+def test_the_same_rule_or_another_schedule_is_no_contradiction() -> None:
+    router = EventRouter()
+    router.every("* * * * *", "t", missed="all", group="one")(handle)
+    router.every("* * * * *", "t", missed="all", group="other")(handle)
+    router.every("*/5 * * * *", "t", missed="skip", group="third")(handle)
+    router.every("* * * * *", "t", missed="skip", timezone="Europe/Berlin", group="fourth")(handle)
+    router.every("* * * * *", "u", missed="skip", group="one")(handle)
+    router.on("t", group="fifth")(handle)
+    assert len(router.routes()) == 6
