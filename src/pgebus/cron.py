@@ -40,7 +40,7 @@ class Cron:
     Attributes:
         expression: Five fields: minute, hour, day of the month, month, day of the week.
         timezone: The name of the time zone that they are read in.
-        missed: What to do about times at which no process ran.
+        missed: What to do about times at which no process had the schedule.
     """
 
     expression: str

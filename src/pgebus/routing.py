@@ -239,8 +239,9 @@ class EventRouter:
             cron: Five fields: minute, hour, day of the month, month, day of the week.
             path: The event type, as for `on()`, without wildcards; by default the name of the function.
             timezone: The time zone that *cron* is read in.
-            missed: What to do about times at which no process ran: "latest" publishes the last of them, "all" each, and
-                "skip" none that is more than a minute late.
+            missed: What to do about times at which no process had the schedule, be it that none ran or that it was not
+                in the code: "latest" publishes the last of them, "all" each, which may be very many, a hundred in a
+                transaction, and "skip" none that is more than a minute late.
             transactional: As for `on()`.
             name: As for `on()`.
             group: As for `on()`.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,11 +23,12 @@ from pgebus import (
     remove_publish_middleware,
 )
 from pgebus._runtime.pulse import Pulse
-from pgebus._runtime.scheduling import LOOK_SECONDS, Scheduler
+from pgebus._runtime.scheduling import LEAST_SECONDS, LOOK_SECONDS, Scheduler
 from tests.system.bus import Sql, finished, running
 from tests.system.waiting import until
 
 BACK = "UPDATE pgebus.schedules SET last_at = date_trunc('minute', now()) - $1::interval RETURNING last_at"
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "schedules.md"
 TICKS = "SELECT id, run_at, payload->>'scheduled_at' AS at, created_at FROM pgebus.events ORDER BY id"
 
 
@@ -123,6 +126,48 @@ async def test_a_clock_that_cannot_publish_does_not_move_on(sm: DatabaseSessionM
     await sql.execute("ALTER TABLE pgebus.events DROP CONSTRAINT refuse")
     await clock.look()
     assert await sql.fetchval("SELECT count(*) FROM pgebus.events WHERE type = 'clock.refused'") >= 3
+
+
+async def test_a_schedule_that_cannot_be_moved_on_is_not_looked_at_without_a_pause(
+    sm: DatabaseSessionManager, sql: Sql
+) -> None:
+    """A trigger, or a policy for UPDATE alone: no error says so."""
+    clock = scheduler(sm, router_with())
+    await clock.look()
+    await sql.fetchval(BACK, timedelta(minutes=3))
+    await sql.execute(
+        "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
+        "CREATE TRIGGER keep BEFORE UPDATE ON pgebus.schedules FOR EACH ROW EXECUTE FUNCTION keep()"
+    )
+    assert await clock.look() >= LEAST_SECONDS
+    assert await sql.fetch(TICKS) == []
+
+
+async def test_before_a_flood_comes_how_much_was_missed_is_said_once(
+    sm: DatabaseSessionManager, sql: Sql, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after the rollback of a deploy: nobody had the schedule for days, and now each of its times comes."""
+    clock = scheduler(sm, router_with(missed="all"))
+    await clock.look()
+    await sql.fetchval(BACK, timedelta(days=3))
+    caplog.set_level(logging.INFO, "pgebus")
+    for _ in range(3):
+        assert await clock.look() <= 1  # the rest is not put off for long
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 1
+    assert "more than 1000 events of type 'clock.ticked'" in said[0]
+    assert await sql.fetchval("SELECT count(*) FROM pgebus.events") == 300
+    assert sum("100 events of type 'clock.ticked' were published" in each.getMessage() for each in caplog.records) == 3
+
+
+async def test_a_schedule_begins_anew_as_the_guide_says(sm: DatabaseSessionManager, sql: Sql) -> None:
+    clock = scheduler(sm, router_with(missed="all"))
+    await clock.look()
+    await sql.fetchval(BACK, timedelta(days=3))
+    (statement,) = [line for line in GUIDE.read_text().splitlines() if line.startswith("DELETE FROM pgebus.schedules")]
+    await sql.execute(statement.replace("reports.nightly", "clock.ticked"))
+    await clock.look()
+    assert await sql.fetchval("SELECT count(*) <= 1 FROM pgebus.events")  # a minute may have begun meanwhile
 
 
 async def test_who_has_no_schedule_asks_nothing(database: DatabaseSettings) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from itertools import islice, takewhile
 from typing import Final, NamedTuple, NoReturn
 
 from sqlalchemy import func, select, tuple_, update
@@ -19,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from pgebus._runtime.pulse import Pulse
 from pgebus._runtime.store import ANSWER_SECONDS
 from pgebus._runtime.supervision import DATABASE_ERRORS
-from pgebus.cron import Cron
+from pgebus.cron import CATCH_UP_BATCH, Cron
 from pgebus.models import Schedule
 from pgebus.publishing import publish_event
 from pgebus.routing import EventRouter
@@ -28,10 +29,15 @@ logger = logging.getLogger(__name__)
 
 # How often the schedules are looked up again: they may be declared late, and others move them on.
 LOOK_SECONDS: Final = 30.0
+# Between two looks, whatever the reason for the second: others have published, the clock of the database has gone back,
+# or a row is not changed although it is there.
+LEAST_SECONDS: Final = 0.1
 # After that, what the application has refused to publish is tried again.
 REFUSED_SECONDS: Final = 5.0
 # The clock of the database is a little behind our idea of it: a look too early costs another one.
 _EARLY_SECONDS: Final = 0.002
+# So many missed times are counted for the log, and no more.
+_COUNTED: Final = 1000
 
 
 class _Key(NamedTuple):
@@ -65,6 +71,8 @@ class Scheduler:
         self._router = router
         self._channel = channel
         self._health = health
+        # Schedules of which more was missed than one transaction makes up for.
+        self._far_behind: set[_Key] = set()
 
     async def run(self) -> NoReturn:
         """Publish, until cancelled."""
@@ -97,8 +105,10 @@ class Scheduler:
             if until is None:
                 coming = next(crons[key].after(max(last, now)), None)
                 pause = min(pause, LOOK_SECONDS if coming is None else (coming - now).total_seconds())
+                self._far_behind.discard(key)
                 continue
             pause = 0.0
+            self._tell_how_far_behind(key, crons[key], last, now)
             try:
                 await self._publish(key, last, ticks, until)
             except DATABASE_ERRORS as error:
@@ -115,7 +125,25 @@ class Scheduler:
             raise failed[0]
         if refused:
             raise RefusedError(refused[0])
-        return max(0.0, pause) + _EARLY_SECONDS
+        return max(LEAST_SECONDS, pause + _EARLY_SECONDS)
+
+    def _tell_how_far_behind(self, key: _Key, cron: Cron, last: datetime, now: datetime) -> None:
+        """Say once that very many events will come, before the first of them: nobody may have expected it."""
+        if cron.missed != "all" or key in self._far_behind:
+            return
+        missed = sum(1 for _ in islice(takewhile(lambda tick: tick <= now, cron.after(last)), _COUNTED + 1))
+        if missed <= CATCH_UP_BATCH:
+            return
+        self._far_behind.add(key)
+        logger.warning(
+            "By schedule %r (%s), %s events of type %r were not published since %s, and are now, %d in a transaction.",
+            key.cron,
+            key.timezone,
+            f"more than {_COUNTED}" if missed > _COUNTED else missed,
+            key.type,
+            f"{last:%Y-%m-%d %H:%M:%S %Z}",
+            CATCH_UP_BATCH,
+        )
 
     def _crons(self) -> dict[_Key, Cron]:
         scheduled = [(route.pattern, route.handler.cron) for route in self._router.routes()]
@@ -160,3 +188,7 @@ class Scheduler:
             for tick in ticks:
                 payload = {"scheduled_at": tick.isoformat()}
                 await publish_event(session, key.type, payload, self._channel, run_at=tick)
+        if len(ticks) > 1:
+            logger.info(
+                "%d events of type %r were published that the clock came to up to %s.", len(ticks), key.type, until
+            )
