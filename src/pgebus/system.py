@@ -29,7 +29,7 @@ from pgebus._runtime.listening import Listener
 from pgebus._runtime.maintenance import Maintenance
 from pgebus._runtime.presence import Presence
 from pgebus._runtime.pulse import Pulse, report
-from pgebus._runtime.requirements import require_defaults, require_schema
+from pgebus._runtime.requirements import require_defaults, require_schema, require_triggers
 from pgebus._runtime.retention import Retention
 from pgebus._runtime.scheduling import Scheduler
 from pgebus._runtime.statements import Statements
@@ -291,6 +291,7 @@ class EventSystem:
         statements = Statements(self._settings.database.schema_name)
         await require_schema(rounds, statements)
         await require_visible(rounds, statements)
+        await require_triggers(rounds, statements)
         if pooled(self._settings):
             await require_defaults(rounds, statements)
 

@@ -42,6 +42,13 @@ CASES = [
         ('"pgebus".deliveries',),
         'ALTER TABLE "pgebus".deliveries RESET (autovacuum_enabled);',
     ),
+    Case(
+        "ALTER TABLE pgebus.events SET (toast.autovacuum_enabled = off)",
+        "autovacuum-off-for-table",
+        PROBLEM,
+        ('"pgebus".events', "large values"),
+        'ALTER TABLE "pgebus".events RESET (toast.autovacuum_enabled);',
+    ),
     Case("DROP INDEX pgebus.ix_deliveries_due", "index-missing", PROBLEM, ("ix_deliveries_due",), "CREATE INDEX"),
     Case(
         "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'pgebus.ix_deliveries_dead'::regclass",
@@ -86,6 +93,14 @@ CASES = [
         WARNING,
         ("the database", "'off'"),
         "SET synchronous_commit = 'on'",
+    ),
+    Case(
+        "DO $$ BEGIN EXECUTE 'ALTER DATABASE ' || current_database() || ' SET session_replication_role = replica';"
+        " END $$",
+        "triggers-off",
+        PROBLEM,
+        ("the database", "'replica'", "is lost"),
+        "SET session_replication_role = 'origin'",
     ),
     Case(
         "DO $$ BEGIN EXECUTE 'ALTER DATABASE ' || current_database()"
@@ -218,15 +233,24 @@ async def test_nothing_of_it_is_found_in_a_new_database(examined: Examine) -> No
 
 
 # In the default lane those whose reason is in the catalog, in the deliveries, among the workers: one of each.
-DEFAULT: Final = {"index-invalid", "differs", "group-unserved", "unhandled-type", "listener-behind-pooler"}
+DEFAULT: Final = {
+    "index-invalid",
+    "differs",
+    "group-unserved",
+    "unhandled-type",
+    "listener-behind-pooler",
+    "triggers-off",
+}
 
 
 @pytest.mark.usefixtures("clean")
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=f"{case.code}-{case.severity}", marks=[] if case.code in DEFAULT else [pytest.mark.slow])
-        for case in CASES
+        pytest.param(
+            case, id=f"{case.code}-{case.severity}-{number}", marks=[] if case.code in DEFAULT else [pytest.mark.slow]
+        )
+        for number, case in enumerate(CASES)
     ],
 )
 async def test_what_was_provoked_is_found(case: Case, sql: Sql, examined: Examine) -> None:

@@ -249,3 +249,10 @@ async def test_policies_are_not_to_be_forced_on_the_owner(
 
 async def _nothing(ctx: EventContext, payload: dict[str, Any]) -> None:
     pass
+
+
+async def test_a_worker_for_which_no_trigger_fires_refuses_to_start(database: DatabaseSettings, sql: Sql) -> None:
+    """What its handlers publish would get no delivery, and be lost."""
+    await sql.execute(f'ALTER DATABASE "{database.sqlalchemy_url().database}" SET session_replication_role = replica')
+    with pytest.raises(ConfigurationError, match="RESET session_replication_role"):
+        await EventSystem(EventRouter(), settings(database)).start()

@@ -32,6 +32,27 @@ CLAIM_DEFAULTS: Final = (
 )
 
 
+# Where triggers do not fire, an event gets no delivery: PostgreSQL's CREATE TRIGGER and ALTER TABLE say under which.
+TRIGGERS_FIRE: Final = ("origin", "local")
+
+
+async def require_triggers(line: Line, statements: Statements) -> None:
+    """Refuse a role or a database for which no trigger fires: what handlers publish would reach nobody.
+
+    A worker cannot mend that for itself, as it may be set by a superuser alone.
+
+    Raises:
+        ConfigurationError: If so; the message holds the command to run.
+    """
+    (row,) = await line.fetch(statements.defaults, ["session_replication_role"])
+    if row["value"] not in TRIGGERS_FIRE:
+        raise ConfigurationError(
+            f"session_replication_role is {row['value']!r} by default for this role or database: no trigger fires, so "
+            "an event would get no delivery, and be lost. Run 'ALTER ROLE … RESET session_replication_role', or the "
+            "same with ALTER DATABASE, and look for events that have no delivery."
+        )
+
+
 async def require_defaults(line: Line, statements: Statements) -> None:
     """Refuse defaults of the role or the database under which a claim would not be what it has to be.
 

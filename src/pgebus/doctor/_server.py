@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, date, datetime
 from typing import Final
 
-from pgebus._runtime.requirements import CLAIM_DEFAULTS
+from pgebus._runtime.requirements import CLAIM_DEFAULTS, TRIGGERS_FIRE
 from pgebus.doctor._asking import Ask, age
 from pgebus.doctor._findings import Finding, notice, problem, warning
 from pgebus.models import BEAT_ABSENT_SECONDS
@@ -111,6 +111,7 @@ ORDER BY 1, 2"""
 
 async def _defaults(ask: Ask) -> AsyncIterator[Finding]:
     accepted = {name: (values, right) for name, values, right in CLAIM_DEFAULTS}
+    accepted["session_replication_role"] = (TRIGGERS_FIRE, "origin")
     for row in await ask.rows(_ROLES, ask.schema, list(accepted)):
         values, right = accepted[row["name"]]
         if row["value"] in values:
@@ -118,7 +119,15 @@ async def _defaults(ask: Ask) -> AsyncIterator[Finding]:
         whose = f"role {row['role']!r}" if row["role"] else "the database or the server"
         what = f"{row['name']} is {row['value']!r} by default for {whose}"
         change = f"ALTER ROLE {quote_identifier(row['role']) if row['role'] else '…'} SET {row['name']} = '{right}';"
-        if row["name"] == "synchronous_commit":
+        if row["name"] == "session_replication_role":
+            yield problem(
+                "triggers-off",
+                f"{what}: no trigger fires in its sessions, so what is published there gets no delivery, and is lost. "
+                "Workers refuse to start with it.",
+                f"{change} Reconnect, and look for events that have no delivery.",
+                row["role"] or None,
+            )
+        elif row["name"] == "synchronous_commit":
             yield warning(
                 "synchronous-commit-off",
                 f"{what}: what was published in the last second before a crash of the server may be lost.",

@@ -142,8 +142,9 @@ async def indexes(ask: Ask) -> AsyncIterator[Finding]:
 
 
 _VACUUM: Final = """
-SELECT c.relname AS name, c.reltuples, c.reloptions AS options, pg_relation_size(c.oid) AS bytes,
-  coalesce(t.n_dead_tup, 0) AS dead, greatest(t.last_vacuum, t.last_autovacuum) AS vacuumed,
+SELECT c.relname AS name, c.reltuples, c.reloptions AS options, toast.reloptions AS toast,
+  pg_relation_size(c.oid) AS bytes, coalesce(t.n_dead_tup, 0) AS dead,
+  greatest(t.last_vacuum, t.last_autovacuum) AS vacuumed,
   greatest(t.last_analyze, t.last_autoanalyze) AS analyzed, clock_timestamp() AS clock,
   current_setting('autovacuum')::boolean AND current_setting('track_counts')::boolean AS works,
   current_setting('autovacuum_vacuum_threshold')::double precision AS threshold,
@@ -151,6 +152,7 @@ SELECT c.relname AS name, c.reltuples, c.reloptions AS options, pg_relation_size
   EXISTS (SELECT FROM pg_catalog.pg_stat_progress_vacuum p WHERE p.relid = c.oid) AS at_work,
   greatest(pg_postmaster_start_time(), (SELECT min(g.created_at) FROM {s}.consumer_groups g)) AS since
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN pg_catalog.pg_class toast ON toast.oid = c.reltoastrelid
 LEFT JOIN pg_catalog.pg_stat_all_tables t ON t.relid = c.oid
 WHERE n.nspname = $1::text AND c.relkind = 'r' AND c.relname = ANY ($2::text[]) ORDER BY c.relname"""
 
@@ -170,18 +172,19 @@ async def vacuum(ask: Ask) -> AsyncIterator[Finding]:
 
 
 def _of_table(ask: Ask, row: Any) -> list[Finding]:
-    options = dict(option.split("=", 1) for option in row["options"] or ())
+    options, toast = (dict(option.split("=", 1) for option in row[which] or ()) for which in ("options", "toast"))
     table = f"{ask.s}.{row['name']}"
     found = []
-    if options.get("autovacuum_enabled", "true").lower() in ("false", "off", "0", "no"):
-        found.append(
-            problem(
-                "autovacuum-off-for-table",
-                f"Autovacuum is turned off for {table}: its dead rows are never removed.",
-                f"ALTER TABLE {table} RESET (autovacuum_enabled);",
-                row["name"],
+    for its, prefix, what in ((options, "", table), (toast, "toast.", f"the large values of {table}")):
+        if its.get("autovacuum_enabled", "true").lower() in ("false", "off", "0", "no"):
+            found.append(
+                problem(
+                    "autovacuum-off-for-table",
+                    f"Autovacuum is turned off for {what}: its dead rows are never removed.",
+                    f"ALTER TABLE {table} RESET ({prefix}autovacuum_enabled);",
+                    row["name"],
+                )
             )
-        )
 
     def due_since(last: Any) -> float:
         began = max((each for each in (last, row["since"]) if each is not None), default=row["clock"])
