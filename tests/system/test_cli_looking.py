@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from pgebus import DatabaseSettings
+from pgebus.cli import showing
 from pgebus.cli import status as shown
 from pgebus.operations import GroupStatus
 from tests.postgres.plain_sql import subscribe
@@ -148,6 +149,33 @@ def test_a_table_that_does_not_fit_is_lines(width: int) -> None:
     assert "…" not in text
 
 
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_ids_and_names_are_never_cut_off(width: int) -> None:
+    """The next command needs them: `show EVENT`, `groups pause GROUP`, `release-key GROUP KEY`."""
+    console = Console(width=width, highlight=False, markup=False, force_terminal=True, color_system=None, record=True)
+    titles = ["event", "group", "type", "key", "status", "attempt", "round", "since", "error"]
+    row = [
+        "9007199254740993",
+        "billing",
+        "order." + "placed" * 10,
+        "customer [7]",
+        "dead",
+        "3",
+        "0",
+        "today",
+        "ValueError",
+    ]
+    for each in showing.fitting(titles, [row, row], console):
+        console.print(each)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    joined = re.sub(r"\s", "", text)
+    for cell in row:
+        assert joined.count(re.sub(r"\s", "", cell)) >= 2
+    assert text.count("event 9007199254740993, group billing,") == (0 if width == 200 else 2)
+
+
 class Terminal:
     """A terminal in which a command runs."""
 
@@ -216,6 +244,18 @@ async def test_status_looks_again_and_again_until_ctrl_c(
     terminal.process.send_signal(signal.SIGINT)
     assert await terminal.ends() == 0
     assert "Traceback" not in terminal.shown
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+async def test_a_narrow_terminal_is_told_the_whole_id(
+    events: None, database: DatabaseSettings, tmp_path: Path, terminals: list[Terminal], columns: str
+) -> None:
+    terminal = Terminal(tmp_path, database, "deliveries", "--group", "mail", COLUMNS=columns)
+    terminals.append(terminal)
+    assert await terminal.ends() == 0
+    told = " ".join(terminal.shown.split())
+    assert "event 2, group mail, type mail.sent, status dead, attempt 3," in told
+    assert "error ValueError: no" in told
 
 
 @pytest.mark.slow

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import datetime
 from typing import TypeVar
 
 import typer
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from pgebus import DatabaseSessionManager, Settings
@@ -46,13 +47,15 @@ def write(found: object) -> None:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write rows under titles."""
+    """Write rows under titles; in a terminal that is too narrow for them, a sentence for each row.
+
+    Nothing is ever cut off: the next command needs the ids and the names.
+    """
     cells = [[plain(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
-        made = Table(*titles, box=None, pad_edge=False)
-        for row in cells:
-            made.add_row(*row)
-        Console(highlight=False, markup=False).print(made)
+        console = Console(highlight=False, markup=False)
+        for each in fitting(titles, cells, console):
+            console.print(each)
         return
     # Piped into a file or another program, a line is as long as it has to be, and there may be thousands.
     lines = [list(titles), *cells]
@@ -60,6 +63,19 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     for row in lines:
         padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
         typer.echo("  ".join(padded).rstrip())
+
+
+def fitting(titles: Sequence[str], cells: Sequence[Sequence[str]], console: Console) -> Iterator[RenderableType]:
+    """Yield a table, or what says the same where *console* is too narrow for one."""
+    made = Table(*titles, box=None, pad_edge=False)
+    for row in cells:
+        made.add_row(*map(Text, row))
+    if console.measure(made, options=console.options.update(width=10_000)).maximum <= console.width:
+        yield made
+        return
+    for row in cells:
+        said = [f"{title} {cell}" for title, cell in zip(titles, row, strict=True) if cell != "-"]
+        yield Text(", ".join(said), overflow="fold")
 
 
 def plain(value: object) -> str:
