@@ -16,9 +16,10 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
+import typer
 
 from pgebus import DatabaseSessionManager, DatabaseSettings, __version__
-from pgebus.cli.app import run
+from pgebus.cli.app import _ORDER, app, run
 from pgebus.cli.demo.balance import draw_up
 from pgebus.cli.demo.screen import Screen
 from pgebus.cli.demo.shop import Base
@@ -464,3 +465,8 @@ async def test_the_balance_is_not_accepted_unless_the_database_holds_it(sm: Data
         await connection.run_sync(Base.metadata.create_all)
     with pytest.raises(BrokenPromiseError, match=r"order\.packed"):
         await draw_up(Stage(Screen(), sm, []))
+
+
+def test_the_help_has_a_place_for_every_command() -> None:
+    names = typer.main.get_command(app).list_commands(None)  # type: ignore[attr-defined]  # it is a group
+    assert names == _ORDER

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from sqlalchemy import text
 
 from pgebus import DatabaseSettings
 from pgebus.cli import showing
@@ -117,6 +118,22 @@ async def test_an_event_that_is_not_there(database: DatabaseSettings, command: C
     assert await command("trace", "7") == (1, "", "There is no event 7.\n")
 
 
+@pytest.mark.parametrize(
+    "arguments", [["status"], ["deliveries"], ["groups"], ["trace", "1"], ["redrive", "--dry-run"]]
+)
+async def test_a_table_that_somebody_has_locked_is_said(
+    events: None, sql: Sql, command: Command, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setattr(showing, "PATIENCE", text("SET LOCAL lock_timeout = '100ms'"))
+    async with sql.transaction():
+        await sql.execute("LOCK TABLE pgebus.deliveries IN ACCESS EXCLUSIVE MODE")
+        async with asyncio.timeout(30):
+            status, out, err = await command(*arguments)
+    assert (status, out) == (1, "")
+    assert "A table is locked by another session" in err
+    assert "PGEBUS_DATABASE__URL" not in err
+
+
 # terminals
 
 
@@ -142,11 +159,11 @@ def test_a_table_that_does_not_fit_is_lines(width: int) -> None:
     console = Console(width=width, highlight=False, markup=False, force_terminal=True, color_system=None, record=True)
     for each in shown._tables([group(), group(group="mail", pending=0, capped=())], None, console):
         console.print(each)
-    text = console.export_text()
-    assert max(map(len, text.splitlines())) <= width
-    assert "10000+" in text
-    assert ("10000+ pending" in " ".join(text.split())) == (width == 30)
-    assert "…" not in text
+    exported = console.export_text()
+    assert max(map(len, exported.splitlines())) <= width
+    assert "10000+" in exported
+    assert ("10000+ pending" in " ".join(exported.split())) == (width == 30)
+    assert "…" not in exported
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
@@ -167,13 +184,13 @@ def test_ids_and_names_are_never_cut_off(width: int) -> None:
     ]
     for each in showing.fitting(titles, [row, row], console):
         console.print(each)
-    text = console.export_text()
-    assert max(map(len, text.splitlines())) <= width
-    assert "…" not in text
-    joined = re.sub(r"\s", "", text)
+    exported = console.export_text()
+    assert max(map(len, exported.splitlines())) <= width
+    assert "…" not in exported
+    joined = re.sub(r"\s", "", exported)
     for cell in row:
         assert joined.count(re.sub(r"\s", "", cell)) >= 2
-    assert text.count("event 9007199254740993, group billing,") == (0 if width == 200 else 2)
+    assert exported.count("event 9007199254740993, group billing,") == (0 if width == 200 else 2)
 
 
 class Terminal:

@@ -36,6 +36,7 @@ _ORDER: Final = [
     "roles",
     "worker",
     "status",
+    "doctor",
     "groups",
     "routes",
     "deliveries",

@@ -29,7 +29,7 @@ from pgebus.cli.options import (
     OfType,
     moment_of,
 )
-from pgebus.cli.showing import moment, plain, run, table, write
+from pgebus.cli.showing import look, moment, plain, table, write
 from pgebus.operations import DeliveryState, EventState
 
 __all__ = ["deliveries", "show"]
@@ -80,7 +80,7 @@ def deliveries(
             finished_before=moment_of(finished_before, clock),
         )
 
-    found = run(find)
+    found = look(find)
     if as_json:
         return write([asdict(each) for each in found])
     if not found:
@@ -114,7 +114,7 @@ def show(
 
     Exit status 1 where there is no such event.
     """
-    found = run(lambda session: operations.show_event(session, event_id))
+    found = look(lambda session: operations.show_event(session, event_id))
     if found is None:
         fail(f"There is no event {event_id}: it was never committed, or it was pruned.", FAILED)
     if as_json:

@@ -16,7 +16,7 @@ from pgebus.cli.acting import BATCH, Act
 from pgebus.cli.importing import imported
 from pgebus.cli.messages import FAILED, MISUSED, fail
 from pgebus.cli.options import Yes
-from pgebus.cli.showing import moment, run, table, write
+from pgebus.cli.showing import look, moment, run, table, write
 from pgebus.names import check_event_type
 from pgebus.operations.cancelling import CANCELLABLE
 
@@ -42,7 +42,7 @@ def groups(context: typer.Context, channel: Channel = None, as_json: AsJson = Fa
             fail(f"--json is for the list. Leave it out with {context.invoked_subcommand!r}.", MISUSED)
         context.obj = channel
         return None
-    found = run(lambda session: operations.list_groups(session, channel))
+    found = look(lambda session: operations.list_groups(session, channel))
     if as_json:
         return write([asdict(each) for each in found])
     if not found:
@@ -69,7 +69,7 @@ def groups(context: typer.Context, channel: Channel = None, as_json: AsJson = Fa
 
 
 def _no_groups(channel: str | None) -> str:
-    others = run(operations.list_groups) if channel is not None else []
+    others = look(operations.list_groups) if channel is not None else []
     if not others:
         return "There are no consumer groups: no worker has started yet."
     names = ", ".join(repr(name) for name in sorted({each.channel for each in others}))
@@ -128,7 +128,7 @@ def remove(
     act = Act(
         "remove", "delivery", "deliveries", f"cancelled with group {group!r}", dry_run=False, yes=yes, as_json=False
     )
-    act.ask(run(lambda session: operations.count_deliveries(session, status=CANCELLABLE, group=group, channel=where)))
+    act.ask(look(lambda session: operations.count_deliveries(session, status=CANCELLABLE, group=group, channel=where)))
     count = run(lambda session: _removed(session, group, where))
     typer.echo(f"Group {group!r} is removed; deliveries cancelled: {count}.")
 
@@ -155,7 +155,7 @@ def blocked(
     as_json: AsJson = False,
 ) -> None:
     """Say which keys wait, for which event, and since when."""
-    found = run(lambda session: operations.blocked_keys(session, channel, group, limit))
+    found = look(lambda session: operations.blocked_keys(session, channel, group, limit))
     if as_json:
         return write([asdict(each) for each in found])
     if not found:

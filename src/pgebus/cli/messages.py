@@ -21,6 +21,12 @@ MISUSED: Final = 2
 
 # No such table, no such schema.
 _NOT_THERE: Final = ("42P01", "3F000")
+# A lock_timeout.
+_LOCKED: Final = "55P03"
+_WHO_HAS_LOCKED: Final = (
+    "A table is locked by another session, as by a migration or VACUUM FULL. Who it is: SELECT pid, usename, state, "
+    "query FROM pg_stat_activity WHERE pid IN (SELECT pid FROM pg_locks WHERE granted AND mode = 'AccessExclusiveLock')"
+)
 
 
 @contextmanager
@@ -32,6 +38,8 @@ def database_errors_as_messages(database: DatabaseSettings) -> Iterator[None]:
     except CommandError as error:
         fail(str(error), MISUSED)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, DBAPIError) as error:
+        if _sqlstate(error) == _LOCKED:
+            fail(f"{place}: {said(error)}. {_WHO_HAS_LOCKED}", FAILED)
         fail(
             f"{place}: {said(error)}. The tables of pgebus are not there: run 'pgebus migrate'."
             if _sqlstate(error) in _NOT_THERE

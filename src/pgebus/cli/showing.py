@@ -7,19 +7,23 @@ import json
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import datetime
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import typer
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from pgebus import DatabaseSessionManager, Settings
 from pgebus.cli.messages import database_errors_as_messages
 
 _T = TypeVar("_T")
+
+# How long a command that reads waits for somebody who has locked a table, as for a migration.
+PATIENCE: Final = text("SET LOCAL lock_timeout = '3s'")
 
 
 def run(what: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
@@ -34,6 +38,16 @@ def run(what: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
 
     with database_errors_as_messages(database):
         return asyncio.run(work())
+
+
+def look(what: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
+    """Do *what*, which only reads, in a session as `run()` does, and wait for no table that is locked for long."""
+
+    async def work(session: AsyncSession) -> _T:
+        await session.execute(PATIENCE)
+        return await what(session)
+
+    return run(work)
 
 
 def moment(when: datetime | None) -> str:

@@ -26,7 +26,7 @@ from sqlalchemy.exc import DBAPIError
 from pgebus import DatabaseSessionManager, DatabaseSettings, Settings, operations
 from pgebus.cli.durations import duration
 from pgebus.cli.messages import MISUSED, database_errors_as_messages, fail, told
-from pgebus.cli.showing import plain, run, table
+from pgebus.cli.showing import PATIENCE, look, plain, table
 
 __all__ = ["status"]
 
@@ -51,7 +51,7 @@ def status(
     if seconds is not None and not watch:
         fail(f"{seconds:g} seconds between two looks are for --watch.", MISUSED)
     if not watch:
-        found = run(lambda session: operations.status(session, channel))
+        found = look(lambda session: operations.status(session, channel))
         if as_json:
             typer.echo(json.dumps([_as_json(each) for each in found], indent=2))
         else:
@@ -73,6 +73,7 @@ async def _watch(database: DatabaseSettings, channel: str | None, seconds: float
                     # Around the question alone: a reader that leaves is an OSError too.
                     with database_errors_as_messages(database) if live is None else nullcontext():
                         async with manager.session() as session:
+                            await session.execute(PATIENCE)
                             found = await operations.status(session, channel)
                 except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, DBAPIError) as error:
                     _update(live, seconds, Text(told(error).partition(" [SQL:")[0], style="red"))

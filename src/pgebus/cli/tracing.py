@@ -18,7 +18,7 @@ from rich.tree import Tree
 from pgebus import operations
 from pgebus.cli.durations import duration
 from pgebus.cli.messages import FAILED, fail
-from pgebus.cli.showing import moment, plain, run, write
+from pgebus.cli.showing import look, moment, plain, write
 
 __all__ = ["trace"]
 
@@ -40,7 +40,7 @@ def trace(
     it was due to its end: when it was claimed is stored while it runs.
     Where to look: as for `pgebus migrate`.
     """
-    found = run(lambda session: operations.trace(session, event_id, limit=limit, within=within))
+    found = look(lambda session: operations.trace(session, event_id, limit=limit, within=within))
     if found is None:
         fail(f"There is no event {event_id}.", FAILED)
     if as_json:

@@ -35,7 +35,7 @@ from pgebus.cli.options import (
     age_of,
     moment_of,
 )
-from pgebus.cli.showing import run
+from pgebus.cli.showing import look
 from pgebus.operations.cancelling import CANCELLABLE
 from pgebus.operations.pruning import count_prunable
 from pgebus.operations.purging import count_purgeable
@@ -70,9 +70,9 @@ def redrive(
         event_ids, group, channel, event_type, key, created_after, created_before, finished_after, finished_before
     )
     # What dies again meanwhile is not redriven once more: it would stand before the others, batch after batch.
-    filters["finished_before"] = filters["finished_before"] or run(clock_of)
+    filters["finished_before"] = filters["finished_before"] or look(clock_of)
     act = Act("redrive", "dead letter", "dead letters", "redriven", dry_run=dry_run, yes=yes, as_json=as_json)
-    act.ask(run(lambda session: operations.count_deliveries(session, status="dead", **filters)))
+    act.ask(look(lambda session: operations.count_deliveries(session, status="dead", **filters)))
     act.do(
         lambda session, _done, limit: operations.redrive(
             session, limit=limit, reason=reason, by=by or _user(), **filters
@@ -109,9 +109,9 @@ def replay(
     )
     where = Settings().event_system.channel if channel is None else channel
     # What is completed meanwhile is not replayed once more.
-    filters["finished_before"] = filters["finished_before"] or run(clock_of)
+    filters["finished_before"] = filters["finished_before"] or look(clock_of)
     act = Act("replay", "event", "events", f"replayed for group {group!r}", dry_run=dry_run, yes=yes, as_json=as_json)
-    act.ask(run(lambda session: count_replayable(session, group, where, missing=missing, **filters)))
+    act.ask(look(lambda session: count_replayable(session, group, where, missing=missing, **filters)))
     act.do(
         lambda session, done, limit: operations.replay(
             session,
@@ -157,7 +157,7 @@ def cancel(
     if not status:
         Selection.of(filters).refuse_everything("cancel")
     filters["created_before"] = _until_now(filters)
-    act.ask(run(lambda session: operations.count_deliveries(session, status=statuses, **filters)))
+    act.ask(look(lambda session: operations.count_deliveries(session, status=statuses, **filters)))
     act.do(
         lambda session, _done, limit: operations.cancel(
             session, status=statuses, limit=limit, reason=reason, by=by or _user(), **filters
@@ -195,7 +195,7 @@ def release_key(
         await session.rollback()
         return len(held)
 
-    act.ask(run(count))
+    act.ask(look(count))
     act.do(
         lambda session, _done, _limit: operations.release_key(
             session, group, key, where, reason=reason, by=by or _user()
@@ -216,7 +216,7 @@ def prune(
     """
     age = age_of(older_than)
     act = Act("prune", "event", "events", "deleted", dry_run=dry_run, yes=yes, as_json=as_json)
-    act.ask(run(lambda session: count_prunable(session, age)))
+    act.ask(look(lambda session: count_prunable(session, age)))
 
     async def batch(session: AsyncSession, _done: list[Any], limit: int) -> list[Any]:
         return [None] * await operations.prune(session, age, limit=limit)
@@ -247,7 +247,7 @@ def purge(
     act = Act("purge", "event", "events", "emptied", dry_run=dry_run, yes=yes, as_json=as_json)
     Selection.of(which).refuse_everything("purge")
     which["created_before"] = _until_now(which)
-    finished, unfinished = run(lambda session: count_purgeable(session, **which))
+    finished, unfinished = look(lambda session: count_purgeable(session, **which))
     act.ask(finished)
 
     async def batch(session: AsyncSession, _done: list[Any], limit: int) -> list[Any]:
@@ -277,7 +277,7 @@ def _filters(
         "finished_before": finished_before,
     }
     given = [each for each in moments.values() if each is not None]
-    clock = run(clock_of) if given else None
+    clock = look(clock_of) if given else None
     return {
         "event_ids": event_ids or None,
         "event_type": event_type,
@@ -290,7 +290,7 @@ def _filters(
 
 def _until_now(filters: dict[str, Any]) -> datetime:
     """Return before when what is meant was published: nobody was asked about what comes after that."""
-    clock = run(clock_of)
+    clock = look(clock_of)
     given: datetime | None = filters["created_before"]
     return clock if given is None else min(given, clock)
 

@@ -348,7 +348,8 @@ async def _refuse_declared(session: AsyncSession, group: str, channel: str, *whi
 
 def _missing(group: str, channel: str) -> ConfigurationError:
     return ConfigurationError(
-        f"Channel {channel!r} has no consumer group {group!r}. list_groups() shows which there are."
+        f"Channel {channel!r} has no consumer group {group!r}. 'pgebus groups', or list_groups(), shows which there "
+        "are."
     )
 
 
