@@ -110,7 +110,11 @@ async def test_a_group_that_nobody_serves_is_removed_with_its_deliveries(
         assert (status, "running worker" in err, "Traceback" in err) == (1, True, False)
     await publish(sm, "a", key="k")
     await publish(sm, "a", key="k")
-    assert (await command("groups", "remove", "g", "--yes")) == (0, "Group 'g' is removed; deliveries cancelled: 2.\n", "")
+    assert (await command("groups", "remove", "g", "--yes")) == (
+        0,
+        "Group 'g' is removed; deliveries cancelled: 2.\n",
+        "",
+    )
     status, out, err = await command("groups", "remove", "h", "--pattern", "b")
     assert (status, out, "has no pattern 'b'" in err) == (1, "", True)
     assert (await command("groups", "remove", "h", "--pattern", "a"))[1] == "Pattern 'a' of group 'h' is removed.\n"
@@ -140,7 +144,11 @@ async def test_what_a_removed_group_still_gets_is_listed_and_removed(
         assert (left.patterns, left.paused_at, left.max_running, left.workers) == ((), None, None, 0)
     assert "not declared" in (await command("groups"))[1]
     assert (await command("groups", "pause", "g"))[0] == 2
-    assert (await command("groups", "remove", "g", "--yes")) == (0, "Group 'g' is removed; deliveries cancelled: 1.\n", "")
+    assert (await command("groups", "remove", "g", "--yes")) == (
+        0,
+        "Group 'g' is removed; deliveries cancelled: 1.\n",
+        "",
+    )
     assert (await command("groups", "remove", "g"))[0] == 2
     assert await sql.fetchval("SELECT status FROM pgebus.deliveries") == "cancelled"
     assert (await command("groups"))[1].startswith("There are no consumer groups")
