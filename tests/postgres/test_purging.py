@@ -82,7 +82,8 @@ async def test_what_is_erased_is_not_handled_again(sm: DatabaseSessionManager, s
     await subscribe(sql, "late", "#")
     await sql.execute("UPDATE pgebus.subscriptions SET start_at = '-infinity' WHERE consumer_group = 'late'")
     other = await event_in(sql, "completed")
-    row = await sql.fetchrow(Statements("pgebus").backfill, "events", "late", "#", 0, other, 100)
+    created = await sql.fetchval("SELECT created_at::text FROM pgebus.subscriptions WHERE consumer_group = 'late'")
+    row = await sql.fetchrow(Statements("pgebus").backfill, "events", "late", "#", 0, other, 100, created)
     assert row is not None
     assert (row["made"], row["reached"], row["missed"]) == (1, other, None)
 
