@@ -518,7 +518,7 @@ async def test_a_database_that_is_read_only_by_default_is_written_all_the_same(
 
 
 async def test_what_is_published_while_the_listener_is_away_runs_when_it_is_due(
-    database: DatabaseSettings, sql: Sql, monkeypatch: pytest.MonkeyPatch
+    database: DatabaseSettings, sql: Sql, another: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its notification went to nobody: the worker asks for the next due time when it listens again."""
     monkeypatch.setattr(claiming, "next_look", lambda _idle_for, poll_interval: poll_interval)
@@ -532,9 +532,12 @@ async def test_what_is_published_while_the_listener_is_away_runs_when_it_is_due(
         await until(idle)
         worker = await sql.fetchrow("SELECT id, backend_pid FROM pgebus.workers")
         assert worker is not None
+        # Who has its lock keeps it away; who waits for it has it before the worker is back.
+        lock = asyncio.create_task(another.fetchval("SELECT pg_advisory_lock($1)", worker["id"]))
+        waits = "SELECT bool_or(NOT granted) FROM pg_locks WHERE pid = $1"
+        await until(partial(sql.fetchval, waits, another.get_server_pid()))
         await sql.fetchval("SELECT pg_terminate_backend($1)", worker["backend_pid"])
-        # Who has its lock keeps it away.
-        await until(partial(sql.fetchval, "SELECT pg_try_advisory_lock($1)", worker["id"]))
+        await asyncio.wait_for(lock, 10)
 
         async def away() -> bool:
             return not system.health().present
@@ -543,7 +546,7 @@ async def test_what_is_published_while_the_listener_is_away_runs_when_it_is_due(
         event_id = await sql.fetchval(
             "INSERT INTO pgebus.events (type, run_at) VALUES ('quick', now() + interval '1 second') RETURNING id"
         )
-        await sql.fetchval("SELECT pg_advisory_unlock($1)", worker["id"])
+        await another.fetchval("SELECT pg_advisory_unlock($1)", worker["id"])
         await finished(sql, event_id, within=8)
 
 
