@@ -232,7 +232,7 @@ async def test_a_group_that_comes_back_with_two_patterns_gets_all_that_was_cance
 ) -> None:
     await subscribe(sql, "g", "#")
     ids = [await publish(sql, name) for name in ("a.b", "a.c", "b.b", "c.d")]
-    await sql.execute("UPDATE pgebus.subscriptions SET declared_at = '-infinity'")
+    await sql.execute("UPDATE pgebus.subscriptions SET declared_at = now() - interval '1 day'")
     async with sm.session() as session:
         assert await operations.remove_group(session, "g") == 4
         await session.commit()

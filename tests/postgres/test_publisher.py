@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from tests.postgres.plain_sql import Sql
+from tests.postgres.plain_sql import Sql, terminate
 
 from pgebus import (
     DatabaseSettings,
@@ -79,10 +79,11 @@ async def test_an_error_of_postgresql_is_one_of_sqlalchemy_and_costs_no_connecti
 async def test_a_connection_that_was_lost_is_replaced(database: DatabaseSettings, sql: Sql) -> None:
     async with EventPublisher(database, connections=1) as publisher:
         await publisher.publish("a", {})
-        await sql.fetch(
-            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+        pid = await sql.fetchval(
+            "SELECT pid FROM pg_stat_activity "
             "WHERE datname = current_database() AND pid <> pg_backend_pid() AND query LIKE 'INSERT INTO%'"
         )
+        await terminate(sql, pid)
         with pytest.raises((DBAPIError, OSError)):
             await publisher.publish("a", {})
         await publisher.publish("a", {})

@@ -77,7 +77,7 @@ async def test_it_is_looked_at_again_when_its_time_comes(sm: DatabaseSessionMana
     """The clock is the database's, in which the next minute may be a whole minute away."""
     clock = scheduler(sm, router_with())
     pause = await clock.look()
-    left = 60 - float(await sql.fetchval("SELECT extract(epoch FROM clock_timestamp()) % 60"))
+    left = 60 - float(await sql.fetchval("SELECT extract(epoch FROM clock_timestamp())::numeric % 60"))
     assert 0 < pause <= LOOK_SECONDS + 1
     assert pause == pytest.approx(min(left, LOOK_SECONDS), abs=5) or left > 55
 
